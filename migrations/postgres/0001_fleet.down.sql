@@ -1,0 +1,9 @@
+DROP VIEW agent_nodes;
+DROP TABLE agent_status_log;
+DROP TABLE agent_connection_history;
+DROP TABLE component_inventories;
+DROP TABLE agent_attributes;
+DROP TABLE agent_liveness;
+DROP TABLE agents;
+DROP TABLE nodes;
+DROP TABLE schema_versions;

@@ -1,0 +1,2 @@
+//! x
+pub(super) fn mask_value(_: &mut serde_json::Value) {}

@@ -1,0 +1,145 @@
+//! Where the server listens for agents, and how to get a TCP connection there.
+//!
+//! Promises that the agents take turns over the source addresses, so that none runs out of ports,
+//! and that opening a connection ends in bounded time. Must not know what is said on it.
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    str::FromStr,
+    time::Duration,
+};
+
+use anyhow::{Context, bail, ensure};
+use hyper::{
+    Uri,
+    header::{AUTHORIZATION, HeaderValue},
+};
+use tokio::net::{TcpSocket, TcpStream, lookup_host};
+use tokio_tungstenite::tungstenite::ClientRequestBuilder;
+
+use crate::loss::Loss;
+
+/// The longest an attempt to connect, handshake included, may take.
+pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(30);
+const DEFAULT_PORT: u16 = 80;
+
+/// The two ways an agent talks to the server.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Transport {
+    WebSocket,
+    Http,
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::WebSocket => "websocket",
+            Self::Http => "http",
+        })
+    }
+}
+
+/// The URL of the server, as given.
+#[derive(Debug, Clone)]
+pub(crate) struct Target {
+    transport: Transport,
+    uri: Uri,
+}
+
+impl FromStr for Target {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let uri: Uri = text.parse()?;
+        let transport = match uri.scheme_str() {
+            Some("ws") => Transport::WebSocket,
+            Some("http") => Transport::Http,
+            Some("wss" | "https") => bail!("TLS is not supported, only ws:// and http://"),
+            _ => bail!("the URL must begin with ws:// or http://"),
+        };
+        ensure!(uri.host().is_some(), "the URL names no host");
+        Ok(Self { transport, uri })
+    }
+}
+
+/// The server as the agents see it, its name already resolved.
+pub(crate) struct Endpoint {
+    pub(crate) transport: Transport,
+    pub(crate) uri: Uri,
+    pub(crate) authorization: Option<HeaderValue>,
+    address: SocketAddr,
+    sources: Vec<IpAddr>,
+}
+
+impl Endpoint {
+    pub(crate) async fn resolve(
+        target: Target,
+        sources: Vec<IpAddr>,
+        token: Option<&str>,
+    ) -> anyhow::Result<Self> {
+        let Target { transport, uri } = target;
+        let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
+        let port = uri.port_u16().unwrap_or(DEFAULT_PORT);
+        let fits = |address: &SocketAddr| {
+            let mut wrong = sources.iter().filter(|s| s.is_ipv4() != address.is_ipv4());
+            wrong.next().is_none()
+        };
+        let address = lookup_host((host, port))
+            .await
+            .with_context(|| format!("cannot resolve {host}"))?
+            .find(fits)
+            .with_context(|| format!("no address of {host} goes with the source addresses"))?;
+        Ok(Self { transport, authorization: token.map(bearer).transpose()?, uri, address, sources })
+    }
+
+    /// Opens a TCP connection from the source address whose turn it is.
+    pub(crate) async fn dial(&self, turn: usize) -> Result<TcpStream, Loss> {
+        let socket = if self.address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+        if let Some(source) = self.sources.get(turn % self.sources.len().max(1)) {
+            socket.bind((*source, 0).into())?;
+        }
+        let stream = socket.connect(self.address).await?;
+        stream.set_nodelay(true)?;
+        Ok(stream)
+    }
+
+    /// The request that asks for a WebSocket.
+    pub(crate) fn upgrade(&self) -> ClientRequestBuilder {
+        let request = ClientRequestBuilder::new(self.uri.clone());
+        match self.authorization.as_ref().and_then(|v| v.to_str().ok()) {
+            Some(value) => request.with_header(AUTHORIZATION.as_str(), value),
+            None => request,
+        }
+    }
+}
+
+fn bearer(token: &str) -> anyhow::Result<HeaderValue> {
+    let mut value = HeaderValue::try_from(format!("Bearer {token}"))
+        .ok()
+        .filter(|value| value.to_str().is_ok())
+        .context("the token holds characters that no header can carry")?;
+    value.set_sensitive(true);
+    Ok(value)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_scheme_chooses_the_transport() {
+        let transport = |url: &str| url.parse::<Target>().map(|t| t.transport).ok();
+        assert_eq!(transport("ws://host:4320/x"), Some(Transport::WebSocket));
+        assert_eq!(transport("http://[::1]:4320/x"), Some(Transport::Http));
+        for wrong in ["wss://host/x", "host:4320", "/v1/opamp", ""] {
+            assert_eq!(transport(wrong), None, "{wrong}");
+        }
+    }
+
+    #[test]
+    fn a_token_must_fit_into_a_header() {
+        assert!(bearer("123456").is_ok());
+        assert!(bearer("line\nbreak").is_err());
+    }
+}

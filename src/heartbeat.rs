@@ -1,0 +1,132 @@
+//! Silence: the monitor holds a deadline per connection and alone says that an agent fell silent.
+//!
+//! Deadlines are re-armed lazily: a heartbeat only writes an instant, the timer looks at it when it
+//! fires. A verdict ends the connection in the history before anybody else hears of it. It must not
+//! know links or sessions: whoever holds a place for the connection gives `on_verdict`.
+
+use std::sync::Arc;
+
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use tokio_util::time::DelayQueue;
+
+use crate::clock::Tick;
+use crate::close::CloseReason;
+use crate::history::{History, Noticed, OpenConnection};
+use crate::metrics::Metrics;
+use crate::store::Transport;
+
+/// How many new connections may wait for the monitor to take them in.
+const INTAKE: usize = 1_024;
+
+/// The handle by which connections come under watch; cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Watch {
+    intake: mpsc::Sender<(Arc<OpenConnection>, Tick)>,
+}
+
+impl Watch {
+    /// Watches a connection until it ends; no verdict falls before `not_before`.
+    pub async fn over(&self, connection: Arc<OpenConnection>, not_before: Tick) {
+        // Without a monitor the server is stopping, and nobody is to be accused.
+        let _stopping = self.intake.send((connection, not_before)).await;
+    }
+}
+
+/// Who is told of a verdict once the connection has ended.
+pub type OnVerdict = Box<dyn Fn(&Arc<OpenConnection>) + Send + Sync>;
+
+/// The task that watches; exactly one runs.
+pub struct HeartbeatMonitor {
+    history: History,
+    metrics: Arc<Metrics>,
+    /// Added to a poller's deadline, so that another node's sighting is in the store by then.
+    poll_grace: std::time::Duration,
+    on_verdict: OnVerdict,
+    intake: mpsc::Receiver<(Arc<OpenConnection>, Tick)>,
+    deadlines: DelayQueue<Watched>,
+}
+
+struct Watched {
+    connection: Arc<OpenConnection>,
+    not_before: Tick,
+}
+
+impl std::fmt::Debug for HeartbeatMonitor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("HeartbeatMonitor").field("watched", &self.deadlines.len()).finish_non_exhaustive()
+    }
+}
+
+impl HeartbeatMonitor {
+    /// A monitor and the handle to it.
+    #[must_use]
+    pub fn new(
+        history: History,
+        metrics: Arc<Metrics>,
+        poll_grace: std::time::Duration,
+        on_verdict: OnVerdict,
+    ) -> (Watch, Self) {
+        let (sender, intake) = mpsc::channel(INTAKE);
+        (
+            Watch { intake: sender },
+            Self { history, metrics, poll_grace, on_verdict, intake, deadlines: DelayQueue::new() },
+        )
+    }
+
+    /// Watches until `stop` is cancelled; from then on nobody is accused.
+    pub async fn run(mut self, stop: CancellationToken) {
+        loop {
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => return,
+                Some((connection, not_before)) = self.intake.recv() => self.arm(Watched { connection, not_before }),
+                Some(expired) = std::future::poll_fn(|context| self.deadlines.poll_expired(context)),
+                    if !self.deadlines.is_empty() => self.judge(expired.into_inner()),
+            }
+        }
+    }
+
+    fn deadline(&self, watched: &Watched) -> Tick {
+        let connection = &watched.connection;
+        let beat = connection.pulse.beat();
+        let deadline = beat.deadline(connection.transport, &connection.link, self.history.expected());
+        match connection.transport {
+            Transport::Websocket => deadline.max(watched.not_before),
+            Transport::Http => deadline.max(watched.not_before).after(self.poll_grace),
+        }
+    }
+
+    fn arm(&mut self, watched: Watched) {
+        let at = self.history.clock().instant(self.deadline(&watched));
+        self.deadlines.insert_at(watched, at);
+    }
+
+    /// Ends a connection whose deadline has passed; one that was heard meanwhile is armed again.
+    fn judge(&mut self, watched: Watched) {
+        if watched.connection.ended().is_some() {
+            return;
+        }
+        let deadline = self.deadline(&watched);
+        let now = self.history.clock().tick();
+        if now < deadline {
+            self.arm(watched);
+            return;
+        }
+        let connection = &watched.connection;
+        let reason = if connection.link.is_writing() {
+            CloseReason::SlowReader
+        } else {
+            CloseReason::HeartbeatTimeout
+        };
+        let noticed = match connection.transport {
+            Transport::Websocket => Noticed::Concluded,
+            Transport::Http => Noticed::Unheard,
+        };
+        if self.history.end(connection, reason, noticed).is_some() {
+            self.metrics.heartbeat_missed.increment(1);
+            self.metrics.verdict_delay.record(now.since(deadline).as_secs_f64());
+            (self.on_verdict)(connection);
+        }
+    }
+}

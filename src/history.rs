@@ -1,0 +1,474 @@
+//! The timeline of connections, written in batches: whatever arrives during one commit shares the next.
+//!
+//! [`History`] is the handle, [`Writer`] the one task that writes. Promises: an opening is durable
+//! before it is answered, a connection ends exactly once ([`OpenConnection`] remembers its end), an
+//! end is never lost while the process lives, and one odd agent never spoils the commit of others.
+//! It must not know what a report said or how a link looks.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{Notify, oneshot};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::agent::InstanceUid;
+use crate::clock::{Clock, Moment, Tick};
+use crate::close::{Cause, CloseReason};
+use crate::metrics::Metrics;
+use crate::pulse::{Expectations, Link, Pulse};
+use crate::store::{
+    AgentUpdate, ConnectionEnd, Ended, NewConnection, Opened, StatusChange, Store, StoreError, Transport,
+    Write, Written,
+};
+
+/// The most writes that share one commit.
+const BATCH_LIMIT: usize = 1_000;
+
+/// How long the writer waits before it tries ends again that the store could not take.
+const RETRY_PAUSE: Duration = Duration::from_millis(250);
+
+/// How often a batch is tried that met another writer.
+const CONFLICT_TRIES: u32 = 5;
+
+/// An open connection: what the parts of this node share of it.
+#[derive(Debug)]
+pub struct OpenConnection {
+    /// Whose connection.
+    pub agent: InstanceUid,
+    /// Its id, the fence of all writes.
+    pub id: i64,
+    /// How its reports travel.
+    pub transport: Transport,
+    /// The link it is on.
+    pub link: Arc<Link>,
+    /// Its signs of life.
+    pub pulse: Pulse,
+    end: OnceLock<CloseReason>,
+    recorded: AtomicBool,
+}
+
+impl OpenConnection {
+    /// A connection that was opened with this id.
+    #[must_use]
+    pub fn new(agent: InstanceUid, id: i64, transport: Transport, link: Arc<Link>, pulse: Pulse) -> Self {
+        link.enter();
+        Self { agent, id, transport, link, pulse, end: OnceLock::new(), recorded: AtomicBool::new(false) }
+    }
+
+    /// Why it ended; `None` while it is open.
+    #[must_use]
+    pub fn ended(&self) -> Option<CloseReason> {
+        self.end.get().copied()
+    }
+
+    /// True once its end is on record, so that the peer may be told.
+    #[must_use]
+    pub fn is_recorded(&self) -> bool {
+        self.recorded.load(Ordering::Acquire)
+    }
+
+    /// Notes an end that is on record already, because a newer connection took over.
+    pub fn abandon(&self, reason: CloseReason) {
+        if self.claim_end(reason) {
+            self.settle();
+        }
+    }
+
+    /// Notes why it ended; false where it had ended before.
+    fn claim_end(&self, reason: CloseReason) -> bool {
+        let first = self.end.set(reason).is_ok();
+        if first {
+            self.link.leave();
+        }
+        first
+    }
+
+    /// Notes that the end is on record and tells the link.
+    fn settle(&self) {
+        self.recorded.store(true, Ordering::Release);
+        self.link.wake();
+    }
+
+    /// When it was last heard.
+    #[must_use]
+    pub fn last_seen(&self) -> Tick {
+        self.pulse.beat().last_seen(self.transport, &self.link)
+    }
+}
+
+/// How the end of a connection was noticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Noticed {
+    /// The peer itself showed it, just now.
+    Seen,
+    /// The server knows or decides it now; the last proof that it was connected is its last sign of life.
+    Concluded,
+    /// A poller fell silent: as `Concluded`, unless another node heard it since.
+    Unheard,
+}
+
+/// Waits until an end is on record.
+#[derive(Debug)]
+pub struct EndTicket(oneshot::Receiver<Result<Written, StoreError>>);
+
+impl EndTicket {
+    /// Waits; `None` where the store took it for wrong or the writer is gone.
+    pub async fn recorded(self) -> Option<Ended> {
+        match self.0.await {
+            Ok(Ok(Written::Connection(ended))) => Some(ended),
+            _ => None,
+        }
+    }
+}
+
+#[derive(Debug)]
+struct Job {
+    write: Write,
+    /// The connection that a write ends: its link is told once that is on record.
+    ends: Option<Arc<OpenConnection>>,
+    answer: oneshot::Sender<Result<Written, StoreError>>,
+}
+
+impl Job {
+    fn answer(self, result: Result<Written, StoreError>) {
+        if let Some(connection) = self.ends {
+            connection.settle();
+        }
+        // Who no longer waits has been told enough by the link.
+        let _unawaited = self.answer.send(result);
+    }
+}
+
+struct Shared {
+    store: Arc<dyn Store>,
+    clock: Clock,
+    metrics: Arc<Metrics>,
+    node_id: Uuid,
+    node_seq: AtomicI64,
+    expected: Expectations,
+    inbox: Mutex<VecDeque<Job>>,
+    arrived: Notify,
+    pending_verdict: Notify,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("History").field("node_id", &self.node_id).finish_non_exhaustive()
+    }
+}
+
+/// The handle to the timeline; cheap to clone.
+///
+/// Its queue is bounded by what is open: a link waits for its opening and its saves, and each
+/// connection ends once.
+#[derive(Clone, Debug)]
+pub struct History {
+    shared: Arc<Shared>,
+}
+
+/// The task that writes; exactly one runs.
+#[derive(Debug)]
+pub struct Writer {
+    shared: Arc<Shared>,
+}
+
+impl History {
+    /// A timeline written into `store` by the node `node_id`, and its writer.
+    #[must_use]
+    pub fn new(
+        store: Arc<dyn Store>,
+        clock: Clock,
+        metrics: Arc<Metrics>,
+        node_id: Uuid,
+        expected: Expectations,
+    ) -> (Self, Writer) {
+        let shared = Arc::new(Shared {
+            store,
+            clock,
+            metrics,
+            node_id,
+            node_seq: AtomicI64::new(0),
+            expected,
+            inbox: Mutex::default(),
+            arrived: Notify::new(),
+            pending_verdict: Notify::new(),
+        });
+        (Self { shared: Arc::clone(&shared) }, Writer { shared })
+    }
+
+    /// Opens a connection; it is durable when this returns.
+    pub async fn open(
+        &self,
+        agent: InstanceUid,
+        transport: Transport,
+        remote_addr: &str,
+        last_proof: Option<Tick>,
+    ) -> Result<Opened, StoreError> {
+        let now = self.shared.clock.now();
+        let polls_since = now.before(self.shared.expected.first_poll());
+        let new = NewConnection {
+            agent,
+            transport,
+            remote_addr: remote_addr.to_owned(),
+            node_id: self.shared.node_id,
+            node_seq: self.shared.node_seq.fetch_add(1, Ordering::Relaxed),
+            at: now,
+            last_proof: last_proof.map(|tick| self.shared.clock.moment(tick)),
+            continues_since: (transport == Transport::Http).then_some(polls_since),
+        };
+        match self.push(Write::CreateConnection(new), None).await {
+            Ok(Ok(Written::Created(opened))) => {
+                self.shared.metrics.connections_opened.of(transport).increment(1);
+                Ok(*opened)
+            }
+            Ok(Err(error)) => Err(error),
+            Ok(Ok(_)) | Err(_) => Err(writer_gone()),
+        }
+    }
+
+    /// Stores what an agent reported; false where a newer connection took over.
+    pub async fn save(&self, update: AgentUpdate) -> Result<bool, StoreError> {
+        match self.push(Write::UpdateAgent(Box::new(update)), None).await {
+            Ok(Ok(Written::Agent(stored))) => Ok(stored),
+            Ok(Err(error)) => Err(error),
+            Ok(Ok(_)) | Err(_) => Err(writer_gone()),
+        }
+    }
+
+    /// Ends a connection, unless it has ended before. The end is queued at once, so that whatever
+    /// is queued later comes after it; the ticket tells when it is on record.
+    pub fn end(
+        &self,
+        connection: &Arc<OpenConnection>,
+        reason: CloseReason,
+        noticed: Noticed,
+    ) -> Option<EndTicket> {
+        if !connection.claim_end(reason) {
+            return None;
+        }
+        let clock = &self.shared.clock;
+        let now = clock.now();
+        let beat = connection.pulse.beat();
+        let last_seen_at = clock.moment(beat.last_seen(connection.transport, &connection.link)).min(now);
+        let seen = noticed == Noticed::Seen;
+        let server_caused = reason.cause() == Cause::Server;
+        let end = ConnectionEnd {
+            agent: connection.agent,
+            connection_id: connection.id,
+            reason,
+            disconnected_at: if seen { now } else { last_seen_at },
+            disconnected_by: (!seen).then_some(now),
+            last_seen_at,
+            sequence_num: if beat.unsaved { None } else { beat.number },
+            offline_at: server_caused.then(|| now.after(self.shared.expected.return_time())),
+            unless_seen_after: (noticed == Noticed::Unheard).then_some(last_seen_at),
+            node_id: self.shared.node_id,
+        };
+        Some(EndTicket(self.push(Write::UpdateConnection(end), Some(Arc::clone(connection)))))
+    }
+
+    /// Waits until an end was written whose verdict is still pending.
+    pub async fn pending_verdict(&self) {
+        self.shared.pending_verdict.notified().await;
+    }
+
+    fn push(
+        &self,
+        write: Write,
+        ends: Option<Arc<OpenConnection>>,
+    ) -> oneshot::Receiver<Result<Written, StoreError>> {
+        let (answer, answered) = oneshot::channel();
+        let length = {
+            let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+            inbox.push_back(Job { write, ends, answer });
+            inbox.len()
+        };
+        self.shared.metrics.store_backlog.set(count(length));
+        self.shared.arrived.notify_one();
+        answered
+    }
+}
+
+fn writer_gone() -> StoreError {
+    StoreError::Unavailable("the writer has stopped".to_owned())
+}
+
+/// A count as a metric's value.
+#[expect(clippy::cast_precision_loss, reason = "counts stay far below 2^52")]
+fn count(number: usize) -> f64 {
+    number as f64
+}
+
+/// Logs one change of an agent's status.
+pub fn log_status_change(change: &StatusChange) {
+    tracing::info!(
+        agent_id = %change.agent,
+        from = change.from.map_or("unknown", |status| status.label()),
+        to = change.to.label(),
+        reason = change.reason,
+        connection_id = change.connection_id,
+        "agent status updated"
+    );
+}
+
+impl Writer {
+    /// Writes until `stop` is cancelled and nothing is left to write.
+    pub async fn run(self, stop: CancellationToken) {
+        loop {
+            let batch = self.take_batch();
+            if !batch.is_empty() {
+                self.write(batch).await;
+            } else if stop.is_cancelled() {
+                return;
+            } else {
+                tokio::select! {
+                    () = self.shared.arrived.notified() => {}
+                    () = stop.cancelled() => {}
+                }
+            }
+        }
+    }
+
+    /// The longest run of waiting jobs that may share a commit: no agent twice, but for its end ahead of its opening.
+    fn take_batch(&self) -> Vec<Job> {
+        let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stages: HashMap<InstanceUid, u8> = HashMap::new();
+        let mut batch = Vec::new();
+        while let Some(job) = inbox.front() {
+            let stage = job.write.stage();
+            let shares = match (stages.get(&job.write.agent()), &job.write) {
+                (None, _) | (Some(1), Write::CreateConnection(_)) => true,
+                (Some(_), _) => false,
+            };
+            if !shares || batch.len() == BATCH_LIMIT {
+                break;
+            }
+            stages.insert(job.write.agent(), stage);
+            batch.extend(inbox.pop_front());
+        }
+        self.shared.metrics.store_backlog.set(count(inbox.len()));
+        batch
+    }
+
+    /// Writes a batch, by halves where the store refuses it, until a culprit stands alone.
+    async fn write(&self, batch: Vec<Job>) {
+        let mut parts = vec![batch];
+        while let Some(mut batch) = parts.pop() {
+            let started = self.shared.clock.tick();
+            let writes: Vec<Write> = batch.iter().map(|job| job.write.clone()).collect();
+            match self.try_write(&writes).await {
+                Ok(written) => {
+                    let took = self.shared.clock.tick().since(started);
+                    self.shared.metrics.store_commit.record(took.as_secs_f64());
+                    self.shared.metrics.store_batch_size.record(count(batch.len()));
+                    self.answer(batch, written);
+                }
+                Err(error @ (StoreError::Unavailable(_) | StoreError::Conflict | StoreError::Schema(_))) => {
+                    parts.push(batch);
+                    self.postpone(parts.drain(..).rev().flatten().collect(), &error).await;
+                }
+                Err(error) if batch.len() == 1 => {
+                    self.shared.metrics.store_failures.increment(1);
+                    if let Some(job) = batch.pop() {
+                        tracing::warn!(agent_id = %job.write.agent(), %error, "the store refused a write");
+                        job.answer(Err(error));
+                    }
+                }
+                Err(_) => {
+                    let second = batch.split_off(batch.len() / 2);
+                    parts.push(second);
+                    parts.push(batch);
+                }
+            }
+        }
+    }
+
+    async fn try_write(&self, writes: &[Write]) -> Result<Vec<Written>, StoreError> {
+        let mut tries = 1;
+        loop {
+            match self.shared.store.write(writes).await {
+                Err(StoreError::Conflict) if tries < CONFLICT_TRIES => tries += 1,
+                result => return result,
+            }
+        }
+    }
+
+    /// The store is away: ends wait in their order, everything else is answered.
+    async fn postpone(&self, jobs: Vec<Job>, error: &StoreError) {
+        self.shared.metrics.store_failures.increment(1);
+        tracing::warn!(%error, "the store could not take a batch of {} writes", jobs.len());
+        {
+            let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
+            for job in jobs.into_iter().rev() {
+                match job.write {
+                    Write::UpdateConnection(_) => inbox.push_front(job),
+                    Write::UpdateAgent(_) | Write::CreateConnection(_) => {
+                        job.answer(Err(error.clone()));
+                    }
+                }
+            }
+        }
+        tokio::time::sleep(RETRY_PAUSE).await;
+    }
+
+    fn answer(&self, batch: Vec<Job>, written: Vec<Written>) {
+        for (job, written) in batch.into_iter().zip(written) {
+            let change = match &written {
+                Written::Agent(_) => None,
+                Written::Connection(ended) => {
+                    self.count_end(&job.write, ended);
+                    ended.status.as_ref()
+                }
+                Written::Created(opened) => {
+                    if let Some(displaced) = opened.displaced {
+                        self.count_duration(displaced.reason, displaced.duration_seconds);
+                    }
+                    opened.status.as_ref()
+                }
+            };
+            if let Some(change) = change {
+                log_status_change(change);
+            }
+            job.answer(Ok(written));
+        }
+    }
+
+    fn count_end(&self, write: &Write, ended: &Ended) {
+        let Write::UpdateConnection(end) = write else { return };
+        if let Some(seconds) = ended.duration_seconds {
+            self.count_duration(end.reason, seconds);
+        }
+        if end.offline_at.is_some() {
+            self.shared.pending_verdict.notify_one();
+        }
+    }
+
+    fn count_duration(&self, reason: CloseReason, seconds: i64) {
+        let seconds = u32::try_from(seconds).unwrap_or(u32::MAX);
+        self.shared.metrics.connections_ended.of(reason).increment(1);
+        self.shared.metrics.connection_duration.of(reason).record(f64::from(seconds));
+    }
+}
+
+impl History {
+    /// The clock of all moments on this timeline.
+    #[must_use]
+    pub fn clock(&self) -> &Clock {
+        &self.shared.clock
+    }
+
+    /// What the server expects of agents.
+    #[must_use]
+    pub fn expected(&self) -> &Expectations {
+        &self.shared.expected
+    }
+
+    /// The present moment.
+    #[must_use]
+    pub fn now(&self) -> Moment {
+        self.shared.clock.now()
+    }
+}

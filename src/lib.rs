@@ -1,0 +1,60 @@
+//! # opamp-server
+//!
+//! An OpAMP server that never lies about the fleet: who was connected, when, why it ended, and how
+//! sure we are. Agents connect over WebSocket or plain HTTP; operators read through REST.
+//!
+//! ## How to read it
+//!
+//! [`agent`] (pure: what an agent is, what a report changes, what it is answered), then [`session`]
+//! (one agent's conversation, without any socket), then `transport/websocket.rs` (one link, one
+//! task), then [`server`] (everything is built there, once).
+//!
+//! ## A report's way
+//!
+//! A link reads a frame → [`wire`] decodes → [`session::exchange`]: the first report of an agent on
+//! a link opens its session, and with it a row of the [`history`], durable before the first offer;
+//! [`agent::report`] absorbs the report (pure); a report that changed state is saved before it is
+//! answered; a mere heartbeat writes one instant into the connection's [`pulse`] and nothing else →
+//! [`agent::offer`] composes → the link sends.
+//!
+//! Openings, saves and ends that arrive during one commit share the next (`history`'s writer). Signs
+//! of life reach the store folded, in one statement every few seconds ([`session::flush`]), and the
+//! stored number never passes the stored state: a crash costs a full-state request, never a lie.
+//!
+//! ## Who decides what
+//!
+//! - [`heartbeat`] alone says that an agent fell silent; it holds a deadline per connection and
+//!   re-arms lazily.
+//! - [`store`] decides races: every write carries its connection's id, the fence, and changes nothing
+//!   once a newer connection took over.
+//! - [`sweep`] carries out what time alone changes: return times that have passed, stale agents.
+//! - [`close`] is the closed list of ends, with whose end it is; the status of an agent follows.
+//!
+//! ## Who may know whom
+//!
+//! From the bottom: `proto`, `clock`, `close`, `config` know nothing of ours; `agent` and `wire` know
+//! those; then `store`, `metrics`, `pulse`, `history`, `heartbeat`, `session`, `transport` and `api`
+//! beside it, `server`. SQL is spoken in `store` only, axum in `api` and `server` only, hyper in
+//! `transport` only. A test reads the sources and holds them to it.
+//!
+//! Two things differ from what one might expect. `pulse` stands between `store` and `history`
+//! because a deadline is computed from a link's and a connection's signs of life alone, and both
+//! the monitor and the flush need them without knowing sessions. And a connection's end goes
+//! through `history` even when the link that carries it is gone: whoever notices first claims it.
+
+pub mod agent;
+pub mod api;
+pub mod clock;
+pub mod close;
+pub mod config;
+pub mod heartbeat;
+pub mod history;
+pub mod metrics;
+pub mod proto;
+pub mod pulse;
+pub mod server;
+pub mod session;
+pub mod store;
+pub mod sweep;
+pub mod transport;
+pub mod wire;

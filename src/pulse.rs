@@ -1,0 +1,330 @@
+//! Signs of life: when a connection and its link were last heard, and by when they must be heard again.
+//!
+//! [`Link`] is shared by all connections on one link, [`Pulse`] belongs to one connection. A
+//! heartbeat writes into these two and nowhere else: no store, nothing the fleet shares.
+//! They must not know what was reported or what follows from silence.
+
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+
+use crate::clock::Tick;
+use crate::store::Transport;
+
+/// Polls that are expected even of the slowest poller: at least one an hour.
+const LONGEST_POLL_DEADLINE: Duration = Duration::from_hours(1);
+
+/// How many gaps between polls are remembered.
+const GAPS: usize = 5;
+
+/// What the server expects of agents.
+#[derive(Clone, Copy, Debug)]
+pub struct Expectations {
+    /// The interval at which agents are expected to report.
+    pub interval: Duration,
+    /// How long a link may be silent.
+    pub timeout: Duration,
+}
+
+impl Expectations {
+    /// How long an agent has to return after an end the server caused.
+    #[must_use]
+    pub fn return_time(&self) -> Duration {
+        self.timeout * 2
+    }
+
+    /// How long a poller may be silent before its second poll.
+    #[must_use]
+    pub fn first_poll(&self) -> Duration {
+        self.timeout.max(self.interval * 3)
+    }
+}
+
+/// What one link shares with the connections on it.
+#[derive(Debug, Default)]
+pub struct Link {
+    last_byte: AtomicU64,
+    agents: AtomicU32,
+    writing: AtomicBool,
+    dismissed: AtomicBool,
+    received: AtomicU64,
+    sent: AtomicU64,
+    wake: Notify,
+}
+
+impl Link {
+    /// A link that was just heard.
+    #[must_use]
+    pub fn heard_at(tick: Tick) -> Self {
+        Self { last_byte: AtomicU64::new(tick.as_micros()), ..Self::default() }
+    }
+
+    /// Notes that `bytes` bytes came.
+    pub fn heard(&self, tick: Tick, bytes: usize) {
+        self.last_byte.store(tick.as_micros(), Ordering::Relaxed);
+        self.received.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Notes that `bytes` bytes went out.
+    pub fn sent(&self, bytes: usize) {
+        self.sent.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Bytes received and sent since the last call.
+    pub fn harvest(&self) -> (u64, u64) {
+        (self.received.swap(0, Ordering::Relaxed), self.sent.swap(0, Ordering::Relaxed))
+    }
+
+    /// When bytes came last.
+    #[must_use]
+    pub fn last_byte(&self) -> Tick {
+        Tick::from_micros(self.last_byte.load(Ordering::Relaxed))
+    }
+
+    /// Notes that a connection opened on it.
+    pub fn enter(&self) {
+        self.agents.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Notes that a connection on it ended.
+    pub fn leave(&self) {
+        self.agents.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// True where it carries several agents.
+    #[must_use]
+    pub fn is_shared(&self) -> bool {
+        self.agents.load(Ordering::Relaxed) > 1
+    }
+
+    /// Notes whether a write waits for the peer to read.
+    pub fn set_writing(&self, writing: bool) {
+        self.writing.store(writing, Ordering::Relaxed);
+    }
+
+    /// True while a write waits for the peer to read.
+    #[must_use]
+    pub fn is_writing(&self) -> bool {
+        self.writing.load(Ordering::Relaxed)
+    }
+
+    /// Tells the link to close once it carries no agent.
+    pub fn dismiss(&self) {
+        self.dismissed.store(true, Ordering::Relaxed);
+        self.wake();
+    }
+
+    /// True where the link is to close once it carries no agent.
+    #[must_use]
+    pub fn is_dismissed(&self) -> bool {
+        self.dismissed.load(Ordering::Relaxed)
+    }
+
+    /// Tells the link's task to look at its connections: one of them was ended elsewhere.
+    pub fn wake(&self) {
+        self.wake.notify_one();
+    }
+
+    /// Waits for a [`wake`](Self::wake); one that came before is not lost.
+    pub async fn woken(&self) {
+        self.wake.notified().await;
+    }
+}
+
+/// The signs of life of one connection.
+#[derive(Debug)]
+pub struct Pulse {
+    beat: Mutex<Beat>,
+}
+
+/// A connection's state of life at one moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Beat {
+    /// When its last report came.
+    pub last_report: Tick,
+    /// The number that the stored state stands for.
+    pub number: Option<u64>,
+    /// True while a reported change is not stored: its number must not be stored either.
+    pub unsaved: bool,
+    /// True where the agent promises heartbeats.
+    pub heartbeats: bool,
+    /// What was last handed to the store: when it was seen and its number.
+    flushed: (Tick, Option<u64>),
+    /// Gaps between polls in milliseconds, the newest first; 0 = none yet.
+    gaps: [u32; GAPS],
+    /// Mere signs of life since the last harvest.
+    quiet_reports: u32,
+}
+
+impl Pulse {
+    /// The pulse of a connection that opens at `tick` with this stored number.
+    #[must_use]
+    pub fn starting(tick: Tick, number: Option<u64>) -> Self {
+        let beat = Beat {
+            last_report: tick,
+            number,
+            unsaved: false,
+            heartbeats: false,
+            flushed: (tick, number),
+            gaps: [0; GAPS],
+            quiet_reports: 0,
+        };
+        Self { beat: Mutex::new(beat) }
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&mut Beat) -> T) -> T {
+        let mut beat = self.beat.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        act(&mut beat)
+    }
+
+    /// The present state.
+    #[must_use]
+    pub fn beat(&self) -> Beat {
+        self.with(|beat| *beat)
+    }
+
+    /// Notes that a report came; `unsaved` where it changed something that has to be stored first.
+    pub fn reported(&self, tick: Tick, unsaved: bool) {
+        self.with(|beat| {
+            let gap = u32::try_from(tick.since(beat.last_report).as_millis()).unwrap_or(u32::MAX);
+            beat.gaps.rotate_right(1);
+            beat.gaps[0] = gap.max(1);
+            beat.last_report = tick;
+            beat.unsaved = unsaved;
+        });
+    }
+
+    /// Notes what the store holds now, or needs not be told at once.
+    pub fn settled(&self, number: Option<u64>, heartbeats: bool, quiet: bool) {
+        self.with(|beat| {
+            beat.number = number;
+            beat.heartbeats = heartbeats;
+            beat.unsaved = false;
+            beat.quiet_reports += u32::from(quiet);
+        });
+    }
+
+    /// Notes that a change could not be stored: what is stored stands.
+    pub fn unsettled(&self) {
+        self.with(|beat| beat.unsaved = false);
+    }
+
+    /// What has to be stored of a connection last seen at `seen`: nothing while a change is
+    /// unsaved, and nothing where all is stored.
+    #[must_use]
+    pub fn take_sighting(&self, seen: Tick) -> Option<(Tick, Option<u64>)> {
+        self.with(|beat| {
+            let sighting = (seen.max(beat.last_report), beat.number);
+            if beat.unsaved || sighting == beat.flushed {
+                return None;
+            }
+            beat.flushed = sighting;
+            Some(sighting)
+        })
+    }
+
+    /// Mere signs of life since the last call.
+    pub fn harvest(&self) -> u32 {
+        self.with(|beat| std::mem::take(&mut beat.quiet_reports))
+    }
+}
+
+impl Beat {
+    /// By when the connection must be heard again.
+    #[must_use]
+    pub fn deadline(&self, transport: Transport, link: &Link, expected: &Expectations) -> Tick {
+        match transport {
+            Transport::Http => self.last_report.after(self.longest_silence(expected)),
+            Transport::Websocket if link.is_shared() && self.heartbeats => {
+                self.last_report.after(expected.timeout.max(expected.interval * 3))
+            }
+            Transport::Websocket => link.last_byte().after(expected.timeout),
+        }
+    }
+
+    /// When the connection was last heard.
+    #[must_use]
+    pub fn last_seen(&self, transport: Transport, link: &Link) -> Tick {
+        match transport {
+            Transport::Http => self.last_report,
+            Transport::Websocket if link.is_shared() && self.heartbeats => self.last_report,
+            Transport::Websocket => link.last_byte().max(self.last_report),
+        }
+    }
+
+    /// How long a poller may be silent: three times the longest of its last gaps.
+    #[must_use]
+    fn longest_silence(&self, expected: &Expectations) -> Duration {
+        let longest = self.gaps.iter().copied().max().unwrap_or(0);
+        if longest == 0 {
+            return expected.first_poll();
+        }
+        expected.timeout.max((Duration::from_millis(longest.into()) * 3).min(LONGEST_POLL_DEADLINE))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EXPECTED: Expectations =
+        Expectations { interval: Duration::from_secs(30), timeout: Duration::from_secs(60) };
+
+    fn at(seconds: u64) -> Tick {
+        Tick::from_micros(seconds * 1_000_000)
+    }
+
+    #[test]
+    fn a_link_of_one_agent_lives_by_its_bytes() {
+        let (link, pulse) = (Link::heard_at(at(0)), Pulse::starting(at(0), None));
+        link.enter();
+        link.heard(at(50), 1);
+        assert_eq!(pulse.beat().deadline(Transport::Websocket, &link, &EXPECTED), at(110));
+    }
+
+    #[test]
+    fn on_a_shared_link_own_reports_count_if_heartbeats_are_promised() {
+        let (link, pulse) = (Link::heard_at(at(0)), Pulse::starting(at(0), None));
+        link.enter();
+        link.enter();
+        link.heard(at(50), 1);
+        assert_eq!(
+            pulse.beat().deadline(Transport::Websocket, &link, &EXPECTED),
+            at(110),
+            "lives with the link"
+        );
+        pulse.reported(at(10), false);
+        pulse.settled(Some(1), true, true);
+        assert_eq!(pulse.beat().deadline(Transport::Websocket, &link, &EXPECTED), at(100), "3 x 30 s");
+    }
+
+    #[test]
+    fn a_poller_sets_its_own_pace() {
+        let (link, pulse) = (Link::default(), Pulse::starting(at(0), None));
+        let deadline = |pulse: &Pulse| pulse.beat().deadline(Transport::Http, &link, &EXPECTED);
+        assert_eq!(deadline(&pulse), at(90), "before the second poll 3 x interval");
+        pulse.reported(at(5), false);
+        assert_eq!(deadline(&pulse), at(65), "never below the timeout");
+        pulse.reported(at(105), false);
+        assert_eq!(deadline(&pulse), at(405), "3 x the longest of the last gaps");
+        for poll in 1..=5 {
+            pulse.reported(at(105 + poll), false);
+        }
+        assert_eq!(deadline(&pulse), at(170), "the long gap is forgotten after five polls");
+        pulse.reported(at(100_000), false);
+        assert_eq!(deadline(&pulse), at(103_600), "at most one hour");
+    }
+
+    #[test]
+    fn nothing_is_flushed_while_a_change_is_unsaved() {
+        let pulse = Pulse::starting(at(0), Some(4));
+        pulse.reported(at(1), true);
+        assert_eq!(pulse.take_sighting(at(1)), None, "the stored number never passes the stored state");
+        pulse.settled(Some(5), false, false);
+        assert_eq!(pulse.take_sighting(at(1)), Some((at(1), Some(5))));
+        assert_eq!(pulse.take_sighting(at(1)), None, "once is enough");
+        assert_eq!(pulse.take_sighting(at(2)), Some((at(2), Some(5))));
+    }
+}

@@ -1,0 +1,471 @@
+//! The server: everything is built here once, from top to bottom, and stopped in the opposite order.
+//!
+//! Two listeners, one task tracker for links, one set of owner tasks (writer, monitor, verdicts,
+//! sweep, flush, lease, clock). An owner that ends before it is told to stops the server: the next
+//! start tells the truth. A link's panic ends that link only.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use crate::api::{self, ApiState};
+use crate::clock::{Clock, Tick};
+use crate::close::CloseReason;
+use crate::config::Config;
+use crate::heartbeat::HeartbeatMonitor;
+use crate::history::{History, Noticed, OpenConnection, Writer};
+use crate::metrics::Metrics;
+use crate::pulse::{Expectations, Link, Pulse};
+use crate::session::hub::Hub;
+use crate::session::{Services, flush};
+use crate::store::{self, NewNode, Store, StoreError, Transport};
+use crate::sweep::{Sweep, Verdicts};
+use crate::transport::{Admission, Limits, Listener};
+
+/// How often the clock is anchored to the database's time.
+const ANCHOR_INTERVAL: Duration = Duration::from_mins(1);
+
+/// How often a starting node tries to take the lock on its name.
+const LOCK_PAUSE: Duration = Duration::from_millis(250);
+
+/// File handles kept free of links: database, listeners, operators.
+const SPARE_FILES: u64 = 128;
+
+/// How long stopping may take beyond `shutdown.drain`.
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Pace at which connections are ended while stopping.
+const DRAIN_STEP: Duration = Duration::from_millis(100);
+
+/// How many connections a step of stopping ends at least.
+const DRAIN_MINIMUM: usize = 200;
+
+/// Why the server does not start, or stopped with a failure; one sentence that names the cure.
+#[derive(Debug, thiserror::Error)]
+pub enum ServerError {
+    /// A listener cannot be bound.
+    #[error("cannot listen on {address} ({key}): {source}")]
+    Listen {
+        /// The setting.
+        key: &'static str,
+        /// Its value.
+        address: SocketAddr,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The store does not open.
+    #[error("{0} (check store.url)")]
+    Store(#[from] StoreError),
+    /// Another node has the name.
+    #[error(
+        "node.name {0} is in use by another opamp-server on this store: stop that one, or set another node.name"
+    )]
+    NameInUse(String),
+    /// The system gives no file handles.
+    #[error("cannot read or set the limit of open files: {0}")]
+    FileLimit(std::io::Error),
+    /// An owner task ended by itself.
+    #[error("the {0} stopped unexpectedly; the server cannot go on without it")]
+    Owner(String),
+    /// Not everything was on record in time.
+    #[error(
+        "stopped without the store: {0} connections could not be ended on record, the next start ends them as server_lost"
+    )]
+    Unrecorded(usize),
+    /// The node was marked as ended by another.
+    #[error("another node took this one for lost and ended its connections: start again")]
+    Ended,
+}
+
+/// A running server.
+#[derive(Debug)]
+pub struct Server {
+    agents: SocketAddr,
+    operators: SocketAddr,
+    node_id: Uuid,
+    store: StoreHandle,
+    services: Arc<Services>,
+    admission: Arc<Admission>,
+    owners: JoinSet<&'static str>,
+    links: TaskTracker,
+    stops: Stops,
+    stopping: Arc<AtomicBool>,
+    drain: Duration,
+    ended: CancellationToken,
+}
+
+struct StoreHandle(Arc<dyn Store>);
+
+impl std::fmt::Debug for StoreHandle {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Store")
+    }
+}
+
+/// What is stopped when: first nobody is accused any more, last the writer.
+#[derive(Clone, Debug, Default)]
+struct Stops {
+    judging: CancellationToken,
+    flushing: CancellationToken,
+    writing: CancellationToken,
+}
+
+impl Server {
+    /// Starts a server; it admits agents when this returns.
+    pub async fn start(config: &Config, migrate: bool) -> Result<Self, ServerError> {
+        let (agents, agents_address) = bind("agents.listen", config.agents.listen).await?;
+        let (operators, operators_address) = bind("operators.listen", config.operators.listen).await?;
+        let max_connections = raise_file_limit(config.agents.max_connections)?;
+        let store = store::open(config.store.url.expose(), config.store.max_connections, migrate).await?;
+        let name = config.node.node_name(agents_address.port());
+        take_name(store.as_ref(), &name, config.node.lease).await?;
+
+        let node_id = Uuid::now_v7();
+        let (services, writer, monitor) = assemble(config, Arc::clone(&store), node_id).await?;
+        let (stops, ended) = (Stops::default(), CancellationToken::new());
+        let mut owners = JoinSet::new();
+        own(&mut owners, "writer", writer.run(stops.writing.clone()));
+        own(&mut owners, "heartbeat monitor", monitor.run(stops.judging.clone()));
+        restore(&services, &name, node_id, config).await?;
+        own_timers(&mut owners, config, &services, &stops);
+        let lease = hold_lease(
+            Arc::clone(&services),
+            node_id,
+            config.node.lease,
+            ended.clone(),
+            stops.writing.clone(),
+        );
+        own(&mut owners, "lease", lease);
+
+        let links = TaskTracker::new();
+        let admission = Arc::new(Admission::new(limits(config, max_connections)));
+        let listener = Listener::new(agents, Arc::clone(&services), Arc::clone(&admission), links.clone());
+        own(&mut owners, "agents' listener", listener.run(stops.flushing.clone()));
+        let stopping = Arc::new(AtomicBool::new(false));
+        let router = api::router(api_state(config, &services, Arc::clone(&stopping)));
+        own(&mut owners, "operators' listener", serve_operators(operators, router, stops.writing.clone()));
+        Ok(Self {
+            agents: agents_address,
+            operators: operators_address,
+            node_id,
+            store: StoreHandle(store),
+            services,
+            admission,
+            owners,
+            links,
+            stops,
+            stopping,
+            drain: config.shutdown.drain,
+            ended,
+        })
+    }
+
+    /// Where agents connect.
+    #[must_use]
+    pub fn agents_address(&self) -> SocketAddr {
+        self.agents
+    }
+
+    /// Where operators connect.
+    #[must_use]
+    pub fn operators_address(&self) -> SocketAddr {
+        self.operators
+    }
+
+    /// Runs until `stop` completes or an owner fails, then stops in an orderly way.
+    pub async fn run(mut self, stop: impl Future<Output = ()> + Send) -> Result<(), ServerError> {
+        let failed = tokio::select! {
+            () = stop => None,
+            () = self.ended.cancelled() => Some(ServerError::Ended),
+            owner = self.owners.join_next() => Some(ServerError::Owner(owner_name(owner))),
+        };
+        let stopped = self.stop().await;
+        match failed {
+            Some(error) => Err(error),
+            None => stopped,
+        }
+    }
+
+    /// Stops: admits nobody, ends what is open on record, closes the links, and the store last.
+    async fn stop(mut self) -> Result<(), ServerError> {
+        let deadline = Instant::now() + self.drain + GRACE / 2;
+        self.stopping.store(true, Ordering::Relaxed);
+        self.services.closing.store(true, Ordering::Relaxed);
+        self.admission.close();
+        self.stops.judging.cancel();
+        let unrecorded =
+            tokio::time::timeout_at(deadline, self.end_connections()).await.unwrap_or_else(|_| {
+                self.services.hub.connections().iter().filter(|connection| !connection.is_recorded()).count()
+            });
+        self.admission.dismiss();
+        self.stops.flushing.cancel();
+        self.links.close();
+        let _some_peers_never_answer = tokio::time::timeout_at(deadline, self.links.wait()).await;
+        let now = self.services.clock.now();
+        if let Err(error) = self.store.0.end_node(self.node_id, now).await {
+            tracing::warn!(%error, "the node's end is not on record");
+        }
+        self.stops.writing.cancel();
+        let _nothing_left_to_wait_for = tokio::time::timeout_at(deadline + GRACE / 4, async {
+            while self.owners.join_next().await.is_some() {}
+            self.store.0.close().await;
+        })
+        .await;
+        if unrecorded == 0 { Ok(()) } else { Err(ServerError::Unrecorded(unrecorded)) }
+    }
+
+    /// Ends the connections of this node, spread over `shutdown.drain`; answers how many are not on record.
+    ///
+    /// Polls may land on another node, so they are ended only where there is none.
+    async fn end_connections(&self) -> usize {
+        let peers = self.store.0.has_living_peer(self.node_id).await.unwrap_or(false);
+        let mut connections = self.services.hub.connections();
+        connections.retain(|connection| connection.transport == Transport::Websocket || !peers);
+        // Whoever shares a link leaves together.
+        connections.sort_by_key(|connection| Arc::as_ptr(&connection.link) as usize);
+        let steps =
+            usize::try_from((self.drain / 2).as_millis() / DRAIN_STEP.as_millis()).unwrap_or(1).max(1);
+        let size = (connections.len() / steps).max(DRAIN_MINIMUM);
+        let mut unrecorded = 0;
+        let mut chunks = connections.chunks(size).peekable();
+        while let Some(chunk) = chunks.next() {
+            let next_step = Instant::now() + DRAIN_STEP;
+            unrecorded += self.end_chunk(chunk).await;
+            if chunks.peek().is_some() {
+                tokio::time::sleep_until(next_step).await;
+            }
+        }
+        unrecorded
+    }
+
+    async fn end_chunk(&self, connections: &[Arc<OpenConnection>]) -> usize {
+        let end = |connection: &Arc<OpenConnection>| {
+            self.services.history.end(connection, CloseReason::ServerShutdown, Noticed::Concluded)
+        };
+        let tickets: Vec<_> = connections.iter().filter_map(end).collect();
+        let mut unrecorded = 0;
+        for ticket in tickets {
+            unrecorded += usize::from(ticket.recorded().await.is_none());
+        }
+        for connection in connections.iter().filter(|connection| connection.transport == Transport::Http) {
+            self.services.hub.leave(connection);
+        }
+        unrecorded
+    }
+}
+
+fn own(
+    owners: &mut JoinSet<&'static str>,
+    name: &'static str,
+    task: impl Future<Output = ()> + Send + 'static,
+) {
+    owners.spawn(async move {
+        task.await;
+        name
+    });
+}
+
+fn owner_name(owner: Option<Result<&'static str, tokio::task::JoinError>>) -> String {
+    match owner {
+        Some(Ok(name)) => name.to_owned(),
+        Some(Err(error)) => format!("owner of a part of it ({error})"),
+        None => "server".to_owned(),
+    }
+}
+
+async fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), ServerError> {
+    let failed = |source| ServerError::Listen { key, address, source };
+    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let bound = listener.local_addr().map_err(failed)?;
+    Ok((listener, bound))
+}
+
+/// Builds what sessions work with, and the two tasks behind it.
+async fn assemble(
+    config: &Config,
+    store: Arc<dyn Store>,
+    node_id: Uuid,
+) -> Result<(Arc<Services>, Writer, HeartbeatMonitor), ServerError> {
+    let clock = Clock::anchored(store.now().await?);
+    let metrics = Arc::new(Metrics::new());
+    let expected = Expectations { interval: config.heartbeat.interval, timeout: config.heartbeat.timeout };
+    let (history, writer) =
+        History::new(Arc::clone(&store), clock.clone(), Arc::clone(&metrics), node_id, expected);
+    let hub = Arc::new(Hub::default());
+    let leaving = Arc::clone(&hub);
+    let (watch, monitor) = HeartbeatMonitor::new(
+        history.clone(),
+        Arc::clone(&metrics),
+        config.store.flush_interval,
+        Box::new(move |connection| leaving.leave(connection)),
+    );
+    let services = Services { store, history, hub, watch, clock, metrics, closing: AtomicBool::new(false) };
+    Ok((Arc::new(services), writer, monitor))
+}
+
+/// Starts the owners that act by the clock.
+fn own_timers(owners: &mut JoinSet<&'static str>, config: &Config, services: &Arc<Services>, stops: &Stops) {
+    let verdicts = Verdicts {
+        store: Arc::clone(&services.store),
+        history: services.history.clone(),
+        check_interval: config.heartbeat.check_interval,
+    };
+    own(owners, "verdicts", verdicts.run(stops.judging.clone()));
+    let sweep = Sweep {
+        store: Arc::clone(&services.store),
+        clock: services.clock.clone(),
+        interval: config.sweep.interval,
+        stale_after: config.sweep.stale_after,
+        ephemeral: config.sweep.ephemeral,
+    };
+    own(owners, "sweep", sweep.run(stops.judging.clone()));
+    let flush = flush::run(Arc::clone(services), config.store.flush_interval, stops.flushing.clone());
+    own(owners, "flush", flush);
+    let anchor = anchor(Arc::clone(&services.store), services.clock.clone(), stops.writing.clone());
+    own(owners, "clock", anchor);
+}
+
+fn limits(config: &Config, max_connections: usize) -> Limits {
+    Limits {
+        path: config.agents.path.clone(),
+        token: config.agents.token.clone(),
+        max_connections,
+        max_message_size: config.agents.max_message_size,
+        max_per_link: config.agents.max_per_link,
+    }
+}
+
+fn api_state(config: &Config, services: &Services, stopping: Arc<AtomicBool>) -> ApiState {
+    ApiState {
+        store: Arc::clone(&services.store),
+        clock: services.clock.clone(),
+        metrics: Arc::clone(&services.metrics),
+        token: config.operators.token.clone(),
+        expected: *services.history.expected(),
+        stale_after: config.sweep.stale_after,
+        stopping,
+    }
+}
+
+/// Raises the soft limit of open files to the hard one; answers how many links it allows, at most `wanted`.
+fn raise_file_limit(wanted: usize) -> Result<usize, ServerError> {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current != limit.maximum {
+        let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+        setrlimit(Resource::Nofile, raised).map_err(|error| ServerError::FileLimit(error.into()))?;
+    }
+    let Some(files) = limit.maximum else { return Ok(wanted) };
+    let allowed = usize::try_from(files.saturating_sub(SPARE_FILES)).unwrap_or(usize::MAX).max(1);
+    if allowed < wanted {
+        tracing::info!(
+            max_connections = allowed,
+            "agents.max_connections is lowered from {wanted}: this process may open {files} files (ulimit -n)"
+        );
+    }
+    Ok(allowed.min(wanted))
+}
+
+/// Takes the lock on the node's name; waits for a predecessor that is just letting go.
+async fn take_name(store: &dyn Store, name: &str, lease: Duration) -> Result<(), ServerError> {
+    let deadline = Instant::now() + lease;
+    while !store.lock_node_name(name).await? {
+        if Instant::now() >= deadline {
+            return Err(ServerError::NameInUse(name.to_owned()));
+        }
+        tokio::time::sleep(LOCK_PAUSE).await;
+    }
+    Ok(())
+}
+
+/// Puts the node on record, ends what its predecessor left, and takes polls on record under watch.
+async fn restore(
+    services: &Arc<Services>,
+    name: &str,
+    node_id: Uuid,
+    config: &Config,
+) -> Result<(), ServerError> {
+    let expected = *services.history.expected();
+    let at = services.clock.now();
+    let started = services
+        .store
+        .start_node(&NewNode {
+            id: node_id,
+            name: name.to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            lease: config.node.lease,
+            at,
+            return_time: expected.return_time(),
+            polls_since: at.before(expected.first_poll()),
+        })
+        .await?;
+    if started.lost_connections > 0 {
+        tracing::warn!(
+            connections = started.lost_connections,
+            "connections that a lost server left open were ended as server_lost"
+        );
+    }
+    let polled = services.store.list_polled_connections().await?;
+    let tick = services.clock.tick();
+    for poll in &polled {
+        let silent = at.since(poll.last_seen_at);
+        let seen = Tick::from_micros(
+            tick.as_micros().saturating_sub(u64::try_from(silent.as_micros()).unwrap_or(0)),
+        );
+        let pulse = Pulse::starting(seen, poll.sequence_num.map(i64::cast_unsigned));
+        let link = Arc::new(Link::heard_at(seen));
+        let connection = Arc::new(OpenConnection::new(poll.agent_id, poll.id, Transport::Http, link, pulse));
+        services.hub.enter(&connection);
+        services.watch.over(connection, tick.after(expected.return_time())).await;
+    }
+    tracing::info!(%node_id, name, polled = polled.len(), unwatched = ?started.unwatched, "node started");
+    Ok(())
+}
+
+/// Renews the node's lease three times as often as it would run out.
+async fn hold_lease(
+    services: Arc<Services>,
+    node_id: Uuid,
+    lease: Duration,
+    ended: CancellationToken,
+    stop: CancellationToken,
+) {
+    while stop.run_until_cancelled(tokio::time::sleep(lease / 3)).await.is_some() {
+        match services.store.renew_node(node_id, services.clock.now()).await {
+            Ok(true) => {}
+            Ok(false) => {
+                ended.cancel();
+                stop.cancelled().await;
+                return;
+            }
+            Err(error) => tracing::warn!(%error, "the node's lease was not renewed"),
+        }
+    }
+}
+
+/// Anchors the clock to the database's time, at the middle of the measurement.
+async fn anchor(store: Arc<dyn Store>, clock: Clock, stop: CancellationToken) {
+    while stop.run_until_cancelled(tokio::time::sleep(ANCHOR_INTERVAL)).await.is_some() {
+        let before = clock.tick();
+        match store.now().await {
+            Ok(now) => clock.anchor(now, before.after(clock.tick().since(before) / 2)),
+            Err(error) => tracing::warn!(%error, "the clock keeps its last anchor"),
+        }
+    }
+}
+
+async fn serve_operators(listener: TcpListener, router: axum::Router, stop: CancellationToken) {
+    let served =
+        axum::serve(listener, router).with_graceful_shutdown(async move { stop.cancelled().await }).await;
+    if let Err(error) = served {
+        tracing::error!(%error, "the operators' listener failed");
+    }
+}

@@ -1,0 +1,60 @@
+//! Signs of life on their way to the store: one statement every `store.flush_interval` for all agents.
+//!
+//! Sessions only write into their own pulse; this task looks at all of them. It skips whoever has
+//! an unsaved change, so that the stored number never passes the stored state.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use super::Services;
+use crate::agent::report::Kind;
+use crate::metrics::{Direction, OfferKind};
+use crate::store::Sighting;
+
+/// Stores signs of life until `stop` is cancelled, and once more then.
+pub async fn run(services: Arc<Services>, interval: Duration, stop: CancellationToken) {
+    while stop.run_until_cancelled(tokio::time::sleep(interval)).await.is_some() {
+        flush(&services).await;
+    }
+    flush(&services).await;
+}
+
+async fn flush(services: &Services) {
+    let mut sightings = Vec::new();
+    for connection in services.hub.connections() {
+        count(services, &connection);
+        if connection.ended().is_some() {
+            continue;
+        }
+        if let Some((seen, sequence_num)) = connection.pulse.take_sighting(connection.last_seen()) {
+            sightings.push(Sighting {
+                agent: connection.agent,
+                connection_id: connection.id,
+                at: services.clock.moment(seen),
+                sequence_num,
+            });
+        }
+    }
+    if sightings.is_empty() {
+        return;
+    }
+    match services.store.update_last_seen(&sightings).await {
+        Ok(stored) => services.metrics.sightings.increment(stored),
+        Err(error) => {
+            services.metrics.store_failures.increment(1);
+            tracing::warn!(%error, agents = sightings.len(), "signs of life wait for the next flush");
+        }
+    }
+}
+
+/// Adds to the metrics what the connection and its link counted for themselves.
+fn count(services: &Services, connection: &crate::history::OpenConnection) {
+    let quiet = u64::from(connection.pulse.harvest());
+    services.metrics.reports.of(Kind::Continued).increment(quiet);
+    services.metrics.offers.of(OfferKind::Acknowledgement).increment(quiet);
+    let (received, sent) = connection.link.harvest();
+    services.metrics.bytes.of(Direction::Received).increment(received);
+    services.metrics.bytes.of(Direction::Sent).increment(sent);
+}

@@ -1,0 +1,340 @@
+//! One agent's conversation, without any socket: reports in, offers out.
+//!
+//! [`exchange`] is the whole of it: it opens the session at the first report, absorbs, saves what
+//! changed before it answers, and ends the session when the agent leaves or is given another uid.
+//! It returns what to send and sends nothing. Whoever holds a [`Session`] holds its connection
+//! open: dropped without an end, the connection ends as `internal_error`.
+
+pub mod flush;
+pub mod hub;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use hub::Hub;
+
+use crate::agent::document::Documents;
+use crate::agent::offer::{Answer, Refusal, compose, refuse};
+use crate::agent::report::{AgentState, Change, Kind, PartSet, digest_of_bytes};
+use crate::agent::{InstanceUid, Sender, is_legacy};
+use crate::clock::{Clock, Tick};
+use crate::close::CloseReason;
+use crate::heartbeat::Watch;
+use crate::history::{History, Noticed, OpenConnection};
+use crate::metrics::{DecodeFailure, Metrics, OfferKind, Refused};
+use crate::proto::{AgentCapabilities, AgentToServer, ServerToAgent};
+use crate::pulse::{Link, Pulse};
+use crate::store::{AgentUpdate, Store, StoreError, Transport};
+
+/// How long an agent is told to stay away when the store cannot take its report, in seconds.
+const RETRY_AFTER_SECONDS: u64 = 30;
+
+/// What every session of a node works with.
+pub struct Services {
+    /// Where uids are assigned and polls on record are looked up.
+    pub store: Arc<dyn Store>,
+    /// Where connections are opened, saved and ended.
+    pub history: History,
+    /// Who lives on this node.
+    pub hub: Arc<Hub>,
+    /// Who says that an agent fell silent.
+    pub watch: Watch,
+    /// Time.
+    pub clock: Clock,
+    /// What is counted.
+    pub metrics: Arc<Metrics>,
+    /// True once the server stops: no session opens any more.
+    pub closing: AtomicBool,
+}
+
+impl std::fmt::Debug for Services {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Services").field("history", &self.history).finish_non_exhaustive()
+    }
+}
+
+/// Where reports come from.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// How they travel.
+    pub transport: Transport,
+    /// The peer.
+    pub remote_addr: SocketAddr,
+    /// The link.
+    pub link: Arc<Link>,
+}
+
+/// The live conversation with one agent.
+#[derive(Debug)]
+pub struct Session {
+    services: Arc<Services>,
+    connection: Arc<OpenConnection>,
+    state: AgentState,
+    /// The last answer, which a repeated report gets once more.
+    answered: Answer,
+}
+
+impl Session {
+    /// Opens the connection of `agent`; its row is durable when this returns.
+    async fn open(services: &Arc<Services>, origin: &Origin, agent: InstanceUid) -> Result<Self, StoreError> {
+        let proof = services.hub.get(agent).map(|older| older.last_seen());
+        let address = origin.remote_addr.to_string();
+        let opened = services.history.open(agent, origin.transport, &address, proof).await?;
+        let state = AgentState::restore(&opened.agent);
+        let pulse = Pulse::starting(services.clock.tick(), state.stored_number());
+        let link = Arc::clone(&origin.link);
+        let connection = OpenConnection::new(agent, opened.connection_id, origin.transport, link, pulse);
+        let connection = Arc::new(connection);
+        let session = Self::resume(services, Arc::clone(&connection), state);
+        services.hub.enter(&connection);
+        services.watch.over(connection, Tick::default()).await;
+        Ok(session)
+    }
+
+    fn resume(services: &Arc<Services>, connection: Arc<OpenConnection>, state: AgentState) -> Self {
+        services.metrics.connections_open.of(connection.transport).increment(1.0);
+        Self { services: Arc::clone(services), connection, state, answered: Answer::default() }
+    }
+
+    /// The open connection.
+    #[must_use]
+    pub fn connection(&self) -> &Arc<OpenConnection> {
+        &self.connection
+    }
+
+    /// Ends the connection, unless it has ended before; the ticket tells when that is on record.
+    #[must_use]
+    pub fn end(&self, reason: CloseReason, noticed: Noticed) -> Option<crate::history::EndTicket> {
+        self.services.history.end(&self.connection, reason, noticed)
+    }
+
+    /// Takes a mere sign of life, or the last report once more, and touches nothing but this session.
+    ///
+    /// `None` where the report wants more: nothing has happened then.
+    #[must_use]
+    pub fn beat(&mut self, report: &AgentToServer, bytes: &[u8]) -> Option<ServerToAgent> {
+        if self.connection.ended().is_some() {
+            return None;
+        }
+        let (next, change) = self.state.absorb(report, digest_of_bytes(bytes));
+        if change.must_save || change.leaves || change.requests_uid || change.kind == Kind::Gap {
+            return None;
+        }
+        self.connection.pulse.reported(self.services.clock.tick(), false);
+        if change.kind == Kind::Repeat {
+            self.services.metrics.reports.of(Kind::Repeat).increment(1);
+        } else {
+            self.adopt(next, change, true);
+        }
+        Some(compose(&report.instance_uid, self.answered))
+    }
+
+    /// Takes over a state whose changes, if any, are stored.
+    fn adopt(&mut self, next: AgentState, change: Change, quiet: bool) {
+        let heartbeats = next.capabilities().has(AgentCapabilities::ReportsHeartbeat);
+        self.connection.pulse.settled(next.stored_number(), heartbeats, quiet);
+        self.state = next;
+        self.answered = Answer { ask_full_state: change.ask_full_state, new_uid: None };
+    }
+
+    /// Takes one report.
+    async fn on_report(&mut self, report: &AgentToServer, digest: u64) -> Result<Answer, Refusal> {
+        let (next, change) = self.state.absorb(report, digest);
+        self.connection.pulse.reported(self.services.clock.tick(), change.must_save);
+        self.services.metrics.reports.of(change.kind).increment(1);
+        if change.kind == Kind::Repeat {
+            return Ok(self.answered);
+        }
+        if change.must_save {
+            Box::pin(self.save(report, &next, change.parts)).await?;
+        }
+        self.adopt(next, change, false);
+        if change.leaves || change.requests_uid {
+            Box::pin(self.finish(report, change)).await?;
+        }
+        Ok(self.answered)
+    }
+
+    /// Stores what changed, before it is answered.
+    async fn save(
+        &mut self,
+        report: &AgentToServer,
+        next: &AgentState,
+        parts: PartSet,
+    ) -> Result<(), Refusal> {
+        let update = AgentUpdate {
+            agent: self.connection.agent,
+            connection_id: self.connection.id,
+            at: self.services.clock.now(),
+            sequence_num: next.stored_number(),
+            capabilities: next.capabilities(),
+            documents: Documents::of(report, parts),
+        };
+        match self.services.history.save(update).await {
+            Ok(true) => Ok(()),
+            Ok(false) => {
+                // Another node opened a newer connection of this agent.
+                self.connection.abandon(CloseReason::Superseded);
+                Err(unavailable())
+            }
+            Err(error) => {
+                self.connection.pulse.unsettled();
+                self.state.missed();
+                Err(refusal(&self.services, &error))
+            }
+        }
+    }
+
+    /// The agent leaves, or is given another uid.
+    async fn finish(&mut self, report: &AgentToServer, change: Change) -> Result<(), Refusal> {
+        let ticket = if change.leaves {
+            self.end(CloseReason::AgentDisconnect, Noticed::Seen)
+        } else if is_legacy(&report.instance_uid) {
+            None
+        } else {
+            let uid = assign(&self.services, Some(self.connection.agent)).await?;
+            self.answered = Answer { ask_full_state: true, new_uid: Some(uid) };
+            self.end(CloseReason::UidReassigned, Noticed::Concluded)
+        };
+        if let Some(ticket) = ticket {
+            ticket.recorded().await;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.services.metrics.connections_open.of(self.connection.transport).decrement(1.0);
+        // Every orderly way out has ended the connection by now; this is the panic's way.
+        let _unwaited = self.end(CloseReason::InternalError, Noticed::Concluded);
+        self.services.hub.leave(&self.connection);
+    }
+}
+
+/// What an exchange came to.
+#[derive(Debug)]
+pub struct Exchanged {
+    /// What to answer.
+    pub offer: ServerToAgent,
+    /// Why the report was not processed, if it was not.
+    pub refusal: Option<Refusal>,
+}
+
+/// Answers one report of the agent `agent` whose session, if it has one on this link, is in `slot`.
+///
+/// `bytes` are those of the report, to recognise a retransmission. The slot is empty
+/// afterwards where the agent has left.
+pub async fn exchange(
+    services: &Arc<Services>,
+    slot: &mut Option<Session>,
+    origin: &Origin,
+    agent: InstanceUid,
+    report: &AgentToServer,
+    bytes: &[u8],
+) -> Exchanged {
+    let closing = services.closing.load(Ordering::Relaxed);
+    if !closing && slot.as_ref().is_some_and(|session| session.connection.ended().is_some()) {
+        *slot = None;
+    }
+    let result = match slot {
+        Some(session) if session.connection.ended().is_some() => Err(unavailable()),
+        None if closing => Err(unavailable()),
+        Some(session) => session.on_report(report, digest_of_bytes(bytes)).await,
+        None => Box::pin(first_report(services, slot, origin, agent, report, bytes)).await,
+    };
+    if slot.as_ref().is_some_and(|session| session.connection.is_recorded()) {
+        *slot = None;
+    }
+    answer(services, &report.instance_uid, result)
+}
+
+/// The first report of an agent on a link opens its session, unless it is a farewell.
+async fn first_report(
+    services: &Arc<Services>,
+    slot: &mut Option<Session>,
+    origin: &Origin,
+    agent: InstanceUid,
+    report: &AgentToServer,
+    bytes: &[u8],
+) -> Result<Answer, Refusal> {
+    if report.agent_disconnect.is_some() && !polls_on(services, origin, agent).await? {
+        return Ok(Answer::default());
+    }
+    let session = Session::open(services, origin, agent).await.map_err(|error| refusal(services, &error))?;
+    slot.insert(session).on_report(report, digest_of_bytes(bytes)).await
+}
+
+/// True where this is a poll of an agent whose polls are on record as an open connection.
+async fn polls_on(services: &Services, origin: &Origin, agent: InstanceUid) -> Result<bool, Refusal> {
+    if origin.transport != Transport::Http {
+        return Ok(false);
+    }
+    let open =
+        services.store.get_active_connection(agent).await.map_err(|error| refusal(services, &error))?;
+    Ok(open.is_some_and(|row| row.transport == Transport::Http))
+}
+
+/// Answers a report whose sender has no uid yet: it is given one, and nothing else is kept.
+pub async fn introduce(services: &Services, report: &AgentToServer) -> Exchanged {
+    let result = assign(services, None).await.map(|uid| Answer { ask_full_state: true, new_uid: Some(uid) });
+    answer(services, &report.instance_uid, result)
+}
+
+/// Answers a report that was refused before it reached a session.
+#[must_use]
+pub fn reject(services: &Services, uid: &[u8], refusal: Refusal) -> Exchanged {
+    answer(services, uid, Err(refusal))
+}
+
+/// Reads who sent a report; the error is the answer to it.
+pub fn sender(services: &Services, report: &AgentToServer) -> Result<Sender, Box<Exchanged>> {
+    Sender::of(report).map_err(|text| {
+        services.metrics.decode_failures.of(DecodeFailure::InstanceUid).increment(1);
+        Box::new(reject(services, &report.instance_uid, Refusal::BadRequest(text)))
+    })
+}
+
+async fn assign(services: &Services, temporary: Option<InstanceUid>) -> Result<InstanceUid, Refusal> {
+    let assigned = services.store.assign_uid(temporary, InstanceUid::generate(), services.clock.now()).await;
+    assigned.map_err(|error| refusal(services, &error))
+}
+
+fn answer(services: &Services, uid: &[u8], result: Result<Answer, Refusal>) -> Exchanged {
+    let kind = match &result {
+        Err(_) => Some(OfferKind::Error),
+        Ok(Answer { new_uid: Some(_), .. }) => Some(OfferKind::Identification),
+        Ok(Answer { ask_full_state: true, .. }) => Some(OfferKind::FullStateRequest),
+        Ok(_) => None,
+    };
+    // Acknowledgements are counted with the signs of life they answer.
+    if let Some(kind) = kind {
+        services.metrics.offers.of(kind).increment(1);
+    }
+    match result {
+        Ok(answer) => Exchanged { offer: compose(uid, answer), refusal: None },
+        Err(refusal) => Exchanged { offer: refuse(uid, &refusal), refusal: Some(refusal) },
+    }
+}
+
+fn unavailable() -> Refusal {
+    Refusal::Unavailable { retry_after_seconds: RETRY_AFTER_SECONDS }
+}
+
+/// What a failure of the store means to the agent whose report met it.
+fn refusal(services: &Services, error: &StoreError) -> Refusal {
+    match error {
+        StoreError::Rejected(_) => {
+            services.metrics.decode_failures.of(DecodeFailure::Refused).increment(1);
+            Refusal::BadRequest("the report holds data that cannot be stored".to_owned())
+        }
+        StoreError::Unavailable(_)
+        | StoreError::Conflict
+        | StoreError::Corrupt(_)
+        | StoreError::Schema(_) => {
+            services.metrics.refused.of(Refused::Store).increment(1);
+            unavailable()
+        }
+    }
+}

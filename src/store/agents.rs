@@ -1,0 +1,590 @@
+//! Agents: reading their records and lists, their signs of life, and the verdicts that time brings.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use serde::Serialize;
+use serde_json::{Value, json};
+use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, QueryBuilder, Type};
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::dialect::{Column, Dialect, SqlStore, batch, bounded, failure, rows, sql};
+use super::status_log::{Transition, log_row};
+use super::write::stored_number;
+use super::{AgentStore, Page, PageRequest, Status, StatusChange, StoreError, Transport};
+use crate::agent::InstanceUid;
+use crate::clock::Moment;
+use crate::config::Ephemeral;
+
+/// The short row of an agent, as lists show it.
+#[derive(Clone, Debug, PartialEq, FromRow)]
+pub struct AgentRow {
+    /// The instance uid.
+    #[sqlx(try_from = "Uuid")]
+    pub id: InstanceUid,
+    /// `service.name`.
+    pub name: Option<String>,
+    /// `host.name`.
+    pub host: Option<String>,
+    /// The verdict.
+    #[sqlx(try_from = "String")]
+    pub status: Status,
+    /// Since when.
+    pub status_since: Moment,
+    /// When a pending verdict is due.
+    pub offline_at: Option<Moment>,
+    /// The open connection.
+    pub connection_id: Option<i64>,
+    /// How the open connection's reports travel.
+    pub transport: Option<String>,
+    /// Peer of the open connection.
+    pub remote_addr: Option<String>,
+    /// Whether the agent says it is healthy; none until it says so.
+    pub healthy: Option<bool>,
+    /// The groups it says it belongs to, a list of texts.
+    #[sqlx(json)]
+    pub groups: Value,
+    /// Integer attribute `clients_count`.
+    pub clients_count: i32,
+    /// Hex hash of the last remote config it reported as applied.
+    pub sync_revision: Option<String>,
+    /// True where it is retired, not an error, when it stays away.
+    pub ephemeral: bool,
+    /// The last sign of life on record.
+    pub last_seen_at: Option<Moment>,
+    /// The last opening of a connection.
+    pub last_connected_at: Option<Moment>,
+    /// The last end of a connection.
+    pub last_disconnected_at: Option<Moment>,
+    /// Why the last connection ended.
+    pub disconnect_reason: Option<String>,
+    /// The temporary uid it had before.
+    pub previous_id: Option<Uuid>,
+    /// When it was retired.
+    pub retired_at: Option<Moment>,
+    /// When the record was made.
+    pub created_at: Moment,
+    /// When the record last changed.
+    pub updated_at: Moment,
+}
+
+/// Everything known of an agent.
+#[derive(Clone, Debug, PartialEq, FromRow)]
+pub struct AgentDetail {
+    /// The short row.
+    #[sqlx(flatten)]
+    pub row: AgentRow,
+    /// The mask, as its 64 bits.
+    pub capabilities: i64,
+    /// `{identifying_attributes, non_identifying_attributes}`.
+    #[sqlx(json(nullable))]
+    pub description: Option<Value>,
+    /// The health tree.
+    #[sqlx(json(nullable))]
+    pub health: Option<Value>,
+    /// File name to `{body, content_type}`.
+    #[sqlx(json(nullable))]
+    pub effective_config: Option<Value>,
+    /// The outcome of the last remote config.
+    #[sqlx(json(nullable))]
+    pub remote_config_status: Option<Value>,
+    /// All packages with their states.
+    #[sqlx(json(nullable))]
+    pub package_statuses: Option<Value>,
+    /// The list of custom capabilities.
+    #[sqlx(json(nullable))]
+    pub custom_capabilities: Option<Value>,
+    /// Hash of the component inventory, hex.
+    pub components_hash: Option<String>,
+    /// The inventory with that hash, if any agent sent it.
+    #[sqlx(json(nullable))]
+    pub components: Option<Value>,
+    /// The outcome of the last connection settings.
+    #[sqlx(json(nullable))]
+    pub connection_settings_status: Option<Value>,
+    /// The number that the stored state stands for, as its 64 bits.
+    pub sequence_num: Option<i64>,
+}
+
+/// Which agents; every condition given must hold.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct AgentFilter {
+    /// With one of these; none = any but `retired`.
+    pub statuses: Vec<Status>,
+    /// With, or without, an open connection.
+    pub connected: Option<bool>,
+    /// That say they are healthy, or not.
+    pub healthy: Option<bool>,
+    /// Whose open connection uses this transport.
+    pub transport: Option<Transport>,
+    /// With these attributes, compared as text.
+    pub attributes: BTreeMap<String, String>,
+    /// Whose id, name or host begins with this, in any case.
+    pub prefix: Option<String>,
+    /// Not seen since.
+    pub unseen_since: Option<Moment>,
+    /// Retired ones too.
+    pub include_retired: bool,
+}
+
+/// How many agents there are.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, ToSchema)]
+pub struct AgentSummary {
+    /// Agents that are not retired: `online` + `offline` + `error`.
+    pub total: i64,
+    /// Status online.
+    pub online: i64,
+    /// Status offline.
+    pub offline: i64,
+    /// Status error.
+    pub error: i64,
+    /// Status retired.
+    pub retired: i64,
+    /// With an open connection.
+    pub connected: i64,
+    /// That say they are healthy.
+    pub healthy: i64,
+    /// That say they are not.
+    pub unhealthy: i64,
+}
+
+/// A sign of life, to be stored with others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sighting {
+    /// Whose.
+    pub agent: InstanceUid,
+    /// The fence.
+    pub connection_id: i64,
+    /// When.
+    pub at: Moment,
+    /// The number that the stored state stands for.
+    pub sequence_num: Option<u64>,
+}
+
+const ROW: &str = "a.id, a.name, a.host, a.status, a.status_since, a.offline_at, a.connection_id, c.transport,
+    c.remote_addr, a.healthy, a.groups, a.clients_count, a.sync_revision, a.ephemeral, l.last_seen_at,
+    a.last_connected_at, a.last_disconnected_at, a.disconnect_reason, a.previous_id, a.retired_at, a.created_at,
+    a.updated_at";
+
+const FROM: &str = " FROM agents a LEFT JOIN agent_liveness l ON l.agent_id = a.id
+    LEFT JOIN agent_connection_history c ON c.id = a.connection_id WHERE ";
+
+const DETAIL: &str = ", a.capabilities, a.description, a.health, a.effective_config, a.remote_config_status,
+    a.package_statuses, a.custom_capabilities, a.components_hash, a.connection_settings_status, l.sequence_num,
+    (SELECT i.components FROM component_inventories i WHERE i.hash = a.components_hash) AS components";
+
+/// The most agents whose status one transaction changes.
+const VERDICTS_PER_COMMIT: i64 = 1_000;
+
+#[async_trait]
+impl<D> AgentStore for SqlStore<D>
+where
+    D: Dialect,
+    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
+    D::Arguments: IntoArguments<D>,
+    for<'r> AgentRow: FromRow<'r, D::Row>,
+    for<'r> AgentDetail: FromRow<'r, D::Row>,
+    for<'r> Transition: FromRow<'r, D::Row>,
+    for<'r> (i64, i64, i64, i64, i64, i64, i64): FromRow<'r, D::Row>,
+    for<'r> (Uuid, Option<String>, Option<i64>): FromRow<'r, D::Row>,
+    for<'r> (String, Option<i64>, Moment): FromRow<'r, D::Row>,
+    for<'r> (Option<Moment>,): FromRow<'r, D::Row>,
+    usize: ColumnIndex<D::Row>,
+    for<'q> String: Encode<'q, D> + Decode<'q, D> + Type<D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> bool: Encode<'q, D> + Type<D>,
+    for<'q> i64: Encode<'q, D> + Decode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Decode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Decode<'q, D> + Type<D>,
+    D::QueryResult: Affected,
+{
+    async fn get_agent(&self, agent: InstanceUid) -> Result<Option<AgentDetail>, StoreError> {
+        let mut query = QueryBuilder::<D>::new("SELECT ");
+        query.push(ROW).push(DETAIL).push(FROM).push("a.id = ").push_bind(agent.as_uuid());
+        bounded(async { query.build_query_as().fetch_optional(&self.readers).await.map_err(failure::<D>) })
+            .await
+    }
+
+    async fn get_agent_row(&self, agent: InstanceUid) -> Result<Option<AgentRow>, StoreError> {
+        let mut query = QueryBuilder::<D>::new("SELECT ");
+        query.push(ROW).push(FROM).push("a.id = ").push_bind(agent.as_uuid());
+        bounded(async { query.build_query_as().fetch_optional(&self.readers).await.map_err(failure::<D>) })
+            .await
+    }
+
+    async fn list_agents(
+        &self,
+        filter: &AgentFilter,
+        page: PageRequest<InstanceUid>,
+    ) -> Result<Page<AgentRow>, StoreError> {
+        let mut count = QueryBuilder::<D>::new("SELECT count(*)");
+        count.push(FROM).push("true");
+        narrow(&mut count, filter);
+        let mut query = QueryBuilder::<D>::new("SELECT ");
+        query.push(ROW).push(FROM).push("true");
+        narrow(&mut query, filter);
+        if let Some(after) = page.after {
+            query.push(" AND a.id > ").push_bind(after.as_uuid());
+        }
+        query.push(" ORDER BY a.id LIMIT ").push_bind(i64::from(page.limit) + 1);
+        bounded(async {
+            let total =
+                count.build_query_scalar::<i64>().fetch_one(&self.readers).await.map_err(failure::<D>)?;
+            let items = query.build_query_as().fetch_all(&self.readers).await.map_err(failure::<D>)?;
+            Ok(Page::cut(items, page.limit, total))
+        })
+        .await
+    }
+
+    async fn summarize_agents(&self) -> Result<AgentSummary, StoreError> {
+        let query = sqlx::query_as(
+            "SELECT count(CASE WHEN status = 'online' THEN 1 END), count(CASE WHEN status = 'offline' THEN 1 END),
+                    count(CASE WHEN status = 'error' THEN 1 END), count(CASE WHEN status = 'retired' THEN 1 END),
+                    count(connection_id), count(CASE WHEN status <> 'retired' AND healthy THEN 1 END),
+                    count(CASE WHEN status <> 'retired' AND NOT healthy THEN 1 END)
+             FROM agents",
+        );
+        let (online, offline, error, retired, connected, healthy, unhealthy) =
+            bounded(async { query.fetch_one(&self.readers).await.map_err(failure::<D>) }).await?;
+        let total = online + offline + error;
+        Ok(AgentSummary { total, online, offline, error, retired, connected, healthy, unhealthy })
+    }
+
+    async fn list_status_history(
+        &self,
+        agent: InstanceUid,
+        page: PageRequest<i64>,
+    ) -> Result<Page<Transition>, StoreError> {
+        bounded(self.transitions(agent, page)).await
+    }
+
+    async fn delete_agent(&self, agent: InstanceUid, at: Moment) -> Result<Option<StatusChange>, StoreError> {
+        let text = format!(
+            "SELECT a.status, a.connection_id, a.updated_at FROM agents a WHERE a.id = $1 {}",
+            D::LOCK_AGENTS
+        );
+        bounded(async {
+            let mut tx = self.begin().await?;
+            let found: Option<(String, Option<i64>, Moment)> = sqlx::query_as(sql(text))
+                .bind(agent.as_uuid())
+                .fetch_optional(&mut *tx)
+                .await
+                .map_err(failure::<D>)?;
+            let Some((status, None, updated_at)) = found else { return Ok(None) };
+            let at = at.max(updated_at);
+            let from = Status::try_from(status).map_err(StoreError::Corrupt)?;
+            if from == Status::Retired {
+                return Ok(None);
+            }
+            let change = StatusChange {
+                agent,
+                from: Some(from),
+                to: Status::Retired,
+                reason: "deleted".to_owned(),
+                connection_id: None,
+            };
+            sqlx::query(
+                "UPDATE agents SET status = 'retired', status_since = $2, retired_at = $2, offline_at = NULL,
+                     stale_from = NULL, updated_at = $2 WHERE id = $1",
+            )
+            .bind(agent.as_uuid())
+            .bind(at)
+            .execute(&mut *tx)
+            .await
+            .map_err(failure::<D>)?;
+            Self::write_log(&mut tx, vec![log_row(&change, at, None)]).await?;
+            tx.commit().await.map_err(failure::<D>)?;
+            Ok(Some(change))
+        })
+        .await
+    }
+
+    async fn update_last_seen(&self, sightings: &[Sighting]) -> Result<u64, StoreError> {
+        let columns = [
+            ("id", Column::Uuid),
+            ("connection_id", Column::Integer),
+            ("at", Column::Moment),
+            ("number", Column::Integer),
+        ];
+        // A row that somebody else is writing is skipped: what they write is as fresh, and nobody waits in a circle.
+        let text = format!(
+            "WITH sightings AS {}, free AS
+                 (SELECT l.agent_id FROM agent_liveness l WHERE l.agent_id IN (SELECT s.id FROM sightings s) {})
+             UPDATE agent_liveness AS l SET last_seen_at = r.at, sequence_num = r.number
+             FROM sightings r JOIN free f ON f.agent_id = r.id
+                 JOIN agents a ON a.id = r.id AND a.connection_id = r.connection_id
+             WHERE l.agent_id = r.id AND l.connection_id = r.connection_id AND l.last_seen_at < r.at",
+            rows::<D>(&columns),
+            D::SKIP_LOCKED
+        );
+        let values = sightings
+            .iter()
+            .map(|s| json!([s.agent, s.connection_id, s.at.as_micros(), stored_number(s.sequence_num)]))
+            .collect();
+        bounded(async {
+            let done = sqlx::query(sql(text))
+                .bind(batch(values))
+                .execute(&self.writers)
+                .await
+                .map_err(failure::<D>)?;
+            Ok(done.affected())
+        })
+        .await
+    }
+
+    async fn update_overdue_status(&self, now: Moment) -> Result<Vec<StatusChange>, StoreError> {
+        let text = format!(
+            "UPDATE agents SET status = 'offline', status_since = $1, stale_from = $1, offline_at = NULL,
+                 updated_at = {}(updated_at, $1)
+             WHERE id IN (SELECT a.id FROM agents a WHERE a.offline_at <= $1 AND a.connection_id IS NULL
+                          AND a.status = 'online' ORDER BY a.id LIMIT {VERDICTS_PER_COMMIT} {})
+             RETURNING id, disconnect_reason,
+                 (SELECT max(c.id) FROM agent_connection_history c WHERE c.agent_id = agents.id)",
+            D::GREATEST,
+            D::LOCK_AGENTS
+        );
+        bounded(self.verdicts(text, now, now, Status::Online)).await
+    }
+
+    async fn next_overdue(&self) -> Result<Option<Moment>, StoreError> {
+        let query = sqlx::query_as("SELECT min(offline_at) FROM agents WHERE offline_at IS NOT NULL");
+        let (next,): (Option<Moment>,) =
+            bounded(async { query.fetch_one(&self.readers).await.map_err(failure::<D>) }).await?;
+        Ok(next)
+    }
+
+    async fn retire_stale_agents(
+        &self,
+        now: Moment,
+        stale_after: Duration,
+        ephemeral: Ephemeral,
+    ) -> Result<Vec<StatusChange>, StoreError> {
+        let is_ephemeral = match ephemeral {
+            Ephemeral::Marked => "ephemeral",
+            Ephemeral::All => "true",
+            Ephemeral::None => "false",
+        };
+        let text = format!(
+            "UPDATE agents SET status = CASE WHEN {is_ephemeral} THEN 'retired' ELSE 'error' END, status_since = $2,
+                 retired_at = CASE WHEN {is_ephemeral} THEN $2 END, stale_from = NULL,
+                 updated_at = {}(updated_at, $2)
+             WHERE id IN (SELECT a.id FROM agents a WHERE a.stale_from <= $1 AND a.status = 'offline'
+                          ORDER BY a.id LIMIT {VERDICTS_PER_COMMIT} {})
+             RETURNING id, status, connection_id",
+            D::GREATEST,
+            D::LOCK_AGENTS
+        );
+        bounded(self.verdicts(text, now.before(stale_after), now, Status::Offline)).await
+    }
+
+    async fn assign_uid(
+        &self,
+        temporary: Option<InstanceUid>,
+        candidate: InstanceUid,
+        at: Moment,
+    ) -> Result<InstanceUid, StoreError> {
+        bounded(async {
+            let mut tx = self.begin().await?;
+            if let Some(temporary) = temporary {
+                let lock = format!("SELECT a.id FROM agents a WHERE a.id = $1 {}", D::LOCK_AGENTS);
+                sqlx::query(sql(lock)).bind(temporary.as_uuid()).execute(&mut *tx).await.map_err(failure::<D>)?;
+                let unused = sqlx::query_scalar::<_, Uuid>(
+                    "SELECT id FROM agents WHERE previous_id = $1 AND last_connected_at IS NULL ORDER BY id LIMIT 1",
+                )
+                .bind(temporary.as_uuid())
+                .fetch_optional(&mut *tx)
+                .await
+                .map_err(failure::<D>)?;
+                if let Some(unused) = unused {
+                    return Ok(unused.into());
+                }
+            }
+            let columns = [("id", Column::Uuid), ("previous", Column::Uuid), ("at", Column::Moment)];
+            let text = format!(
+                "INSERT INTO agents (id, status, status_since, retired_at, previous_id, created_at, updated_at)
+                 SELECT r.id, 'retired', r.at, r.at, r.previous, r.at, r.at FROM {} r",
+                rows::<D>(&columns)
+            );
+            Self::execute(&mut tx, text, vec![json!([candidate, temporary, at.as_micros()])]).await?;
+            tx.commit().await.map_err(failure::<D>)?;
+            Ok(candidate)
+        })
+        .await
+    }
+}
+
+/// How many rows a statement changed.
+pub(super) trait Affected {
+    /// That number.
+    fn affected(&self) -> u64;
+}
+
+impl Affected for sqlx::postgres::PgQueryResult {
+    fn affected(&self) -> u64 {
+        self.rows_affected()
+    }
+}
+
+impl Affected for sqlx::sqlite::SqliteQueryResult {
+    fn affected(&self) -> u64 {
+        self.rows_affected()
+    }
+}
+
+impl<D> SqlStore<D>
+where
+    D: Dialect,
+    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
+    D::Arguments: IntoArguments<D>,
+    for<'r> (Uuid, Option<String>, Option<i64>): FromRow<'r, D::Row>,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    /// Changes the status of a set of agents by one statement and logs each change; repeats until none is left.
+    ///
+    /// The statement answers id, reason (a status's word where the new status differs by agent), connection.
+    async fn verdicts(
+        &self,
+        text: String,
+        due: Moment,
+        now: Moment,
+        from: Status,
+    ) -> Result<Vec<StatusChange>, StoreError> {
+        let mut changes = Vec::new();
+        loop {
+            let mut tx = self.begin().await?;
+            let mut query = sqlx::query_as(sql(text.clone())).bind(due);
+            if from == Status::Offline {
+                query = query.bind(now);
+            }
+            let found: Vec<(Uuid, Option<String>, Option<i64>)> =
+                query.fetch_all(&mut *tx).await.map_err(failure::<D>)?;
+            let batch: Vec<StatusChange> = found
+                .into_iter()
+                .map(|(id, word, connection_id)| {
+                    let word = word.unwrap_or_default();
+                    let stale = from == Status::Offline;
+                    StatusChange {
+                        agent: id.into(),
+                        from: Some(from),
+                        to: if stale {
+                            Status::from_label(&word).unwrap_or(Status::Error)
+                        } else {
+                            Status::Offline
+                        },
+                        reason: if stale { "stale".to_owned() } else { word },
+                        connection_id,
+                    }
+                })
+                .collect();
+            let log = batch.iter().map(|change| log_row(change, now, None)).collect();
+            Self::write_log(&mut tx, log).await?;
+            tx.commit().await.map_err(failure::<D>)?;
+            let last = i64::try_from(batch.len()).unwrap_or(i64::MAX) < VERDICTS_PER_COMMIT;
+            changes.extend(batch);
+            if last {
+                return Ok(changes);
+            }
+        }
+    }
+}
+
+/// Adds the conditions of `filter`.
+fn narrow<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter)
+where
+    D: Dialect,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> bool: Encode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    if !filter.statuses.is_empty() {
+        let mut list = query.push(" AND a.status IN (").separated(", ");
+        for status in &filter.statuses {
+            list.push_bind(status.label());
+        }
+        query.push(")");
+    } else if !filter.include_retired {
+        query.push(" AND a.status <> 'retired'");
+    }
+    if let Some(connected) = filter.connected {
+        query.push(if connected {
+            " AND a.connection_id IS NOT NULL"
+        } else {
+            " AND a.connection_id IS NULL"
+        });
+    }
+    if let Some(healthy) = filter.healthy {
+        query.push(" AND a.healthy = ").push_bind(healthy);
+    }
+    if let Some(transport) = filter.transport {
+        query.push(" AND c.transport = ").push_bind(transport.label());
+    }
+    for (key, value) in &filter.attributes {
+        query
+            .push(" AND a.id IN (SELECT t.agent_id FROM agent_attributes t WHERE t.key = ")
+            .push_bind(key.clone());
+        query.push(" AND t.value = ").push_bind(value.clone()).push(")");
+    }
+    if let Some(since) = filter.unseen_since {
+        query.push(" AND l.last_seen_at < ").push_bind(since);
+    }
+    if let Some(prefix) = &filter.prefix {
+        begins_with(query, prefix);
+    }
+}
+
+/// Adds the condition that id, name or host begins with `prefix`, as ranges that indexes serve.
+fn begins_with<D>(query: &mut QueryBuilder<D>, prefix: &str)
+where
+    D: Dialect,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+{
+    // No character sorts behind the last code point, so that the range holds every text with this prefix.
+    // The database folds the case of both sides, each in its own way.
+    let high = format!("{prefix}\u{10ffff}");
+    query.push(" AND (false");
+    for column in ["name", "host"] {
+        let column = D::sorted_by_bytes(&format!("lower(a.{column})"));
+        query.push(format!(" OR ({column} >= lower(")).push_bind(prefix.to_owned());
+        query.push(format!(") AND {column} <= lower(")).push_bind(high.clone()).push("))");
+    }
+    if let Some((low, high)) = uid_range(&prefix.to_ascii_lowercase()) {
+        query.push(" OR (a.id >= ").push_bind(low).push(" AND a.id <= ").push_bind(high).push(")");
+    }
+    query.push(")");
+}
+
+/// The first and the last uid whose text begins with `prefix`; none where no uid does.
+fn uid_range(prefix: &str) -> Option<(Uuid, Uuid)> {
+    let pattern = "xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx";
+    let fits = prefix.len() <= pattern.len()
+        && prefix
+            .chars()
+            .zip(pattern.chars())
+            .all(|(c, p)| if p == '-' { c == '-' } else { c.is_ascii_hexdigit() });
+    if !fits {
+        return None;
+    }
+    let fill = |digit: &str| format!("{prefix}{}", pattern[prefix.len()..].replace('x', digit));
+    Some((Uuid::parse_str(&fill("0")).ok()?, Uuid::parse_str(&fill("f")).ok()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_uid_prefix_is_a_range_of_uids() {
+        let (low, high) = uid_range("0190d3c2-7").unwrap();
+        assert_eq!(low.to_string(), "0190d3c2-7000-0000-0000-000000000000");
+        assert_eq!(high.to_string(), "0190d3c2-7fff-ffff-ffff-ffffffffffff");
+        assert!(uid_range("").is_some());
+        assert_eq!(uid_range("edge"), None);
+        assert_eq!(uid_range("0190d3c27"), None, "the text form has a dash there");
+    }
+}

@@ -1,0 +1,280 @@
+//! The short list in which the databases differ; every statement is written once on top of it.
+//!
+//! A batch travels as one parameter, a JSON array of rows, so that a statement's text does not
+//! depend on the batch's size and one round trip serves a thousand agents.
+
+use std::fmt::Write as _;
+use std::future::Future;
+use std::time::Duration;
+
+use serde_json::Value;
+use sqlx::{
+    AssertSqlSafe, Database, Encode, Executor, IntoArguments, Pool, Postgres, Sqlite, Transaction, Type,
+};
+
+use super::{CALL_DEADLINE, StoreError};
+
+/// The type of one column of a batch.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Column {
+    Uuid,
+    Moment,
+    Integer,
+    Boolean,
+    Text,
+    Json,
+}
+
+/// A database.
+pub(super) trait Dialect: Database {
+    /// How a writing transaction begins: SQLite takes its one write lock at once.
+    const BEGIN: &'static str;
+    /// Locks the selected rows of `agents a` until the transaction ends.
+    const LOCK_AGENTS: &'static str;
+    /// Locks the selected rows and leaves out those that another transaction has locked.
+    const SKIP_LOCKED: &'static str;
+    /// The query for the database's time; none where that is the host's.
+    const NOW: Option<&'static str>;
+    /// The smaller and the larger of two values.
+    const LEAST: &'static str;
+    const GREATEST: &'static str;
+    /// True where all nodes on one database share one lock, so that whoever holds it is alone.
+    const SINGLE_NODE: bool;
+    /// Up and down script of each migration, by number from 1.
+    const MIGRATIONS: &'static [(&'static str, &'static str)];
+    /// True where a table of this name exists: a query with one parameter.
+    const TABLE_EXISTS: &'static str;
+    /// Two migrating processes wait for each other here.
+    const LOCK_MIGRATIONS: &'static str;
+
+    /// One element of a batch, `value`, as this column.
+    fn element(index: usize, column: Column) -> String;
+
+    /// The set of a batch's elements.
+    const ELEMENTS: &'static str;
+
+    /// Whole seconds between two moments.
+    fn seconds(from: &str, to: &str) -> String;
+
+    /// A moment shifted by `$n` microseconds.
+    fn shifted(moment: &str, micros: &str) -> String;
+
+    /// An expression of type text whose order is that of its bytes.
+    fn sorted_by_bytes(text: &str) -> String;
+
+    /// What a database error means to the caller.
+    fn classify(error: &dyn sqlx::error::DatabaseError) -> StoreError;
+}
+
+/// The rows of the batch in `$1`, to be used as a table.
+pub(super) fn rows<D: Dialect>(columns: &[(&str, Column)]) -> String {
+    let mut sql = "(SELECT ".to_owned();
+    for (index, (name, column)) in columns.iter().enumerate() {
+        let comma = if index == 0 { "" } else { ", " };
+        let _infallible = write!(sql, "{comma}{} AS {name}", D::element(index, *column));
+    }
+    let _infallible = write!(sql, " FROM {})", D::ELEMENTS);
+    sql
+}
+
+impl Dialect for Postgres {
+    const BEGIN: &'static str = "BEGIN";
+    const LOCK_AGENTS: &'static str = "FOR UPDATE OF a";
+    const SKIP_LOCKED: &'static str = "FOR UPDATE SKIP LOCKED";
+    const NOW: Option<&'static str> = Some("SELECT clock_timestamp()");
+    const LEAST: &'static str = "least";
+    const GREATEST: &'static str = "greatest";
+    const SINGLE_NODE: bool = false;
+    const MIGRATIONS: &'static [(&'static str, &'static str)] = &[(
+        include_str!("../../migrations/postgres/0001_fleet.up.sql"),
+        include_str!("../../migrations/postgres/0001_fleet.down.sql"),
+    )];
+    const TABLE_EXISTS: &'static str =
+        "SELECT count(*) FROM pg_tables WHERE schemaname = current_schema() AND tablename = $1";
+    const LOCK_MIGRATIONS: &'static str =
+        "SELECT pg_advisory_xact_lock(hashtextextended('opamp-server migrations', 0))";
+    const ELEMENTS: &'static str = "jsonb_array_elements($1::jsonb)";
+
+    fn element(index: usize, column: Column) -> String {
+        match column {
+            Column::Uuid => format!("(value->>{index})::uuid"),
+            Column::Moment => {
+                format!("'epoch'::timestamptz + (value->>{index})::bigint * interval '1 microsecond'")
+            }
+            Column::Integer => format!("(value->>{index})::bigint"),
+            Column::Boolean => format!("(value->>{index})::boolean"),
+            Column::Text => format!("value->>{index}"),
+            Column::Json => format!("nullif(value->{index}, 'null'::jsonb)"),
+        }
+    }
+
+    fn seconds(from: &str, to: &str) -> String {
+        format!("floor(extract(epoch FROM ({to} - {from})))::integer")
+    }
+
+    fn shifted(moment: &str, micros: &str) -> String {
+        format!("{moment} + {micros} * interval '1 microsecond'")
+    }
+
+    fn sorted_by_bytes(text: &str) -> String {
+        format!("{text} COLLATE \"C\"")
+    }
+
+    fn classify(error: &dyn sqlx::error::DatabaseError) -> StoreError {
+        let code = error.code().unwrap_or_default();
+        match code.as_ref() {
+            "40001" | "40P01" => StoreError::Conflict,
+            // Connection, resources, operator intervention, system, read-only, and lock time-outs.
+            code if ["08", "53", "57", "58"].iter().any(|class| code.starts_with(class))
+                || matches!(code, "25006" | "55P03") =>
+            {
+                StoreError::Unavailable(error.to_string())
+            }
+            _ => StoreError::Rejected(error.to_string()),
+        }
+    }
+}
+
+impl Dialect for Sqlite {
+    const BEGIN: &'static str = "BEGIN IMMEDIATE";
+    const LOCK_AGENTS: &'static str = "";
+    const SKIP_LOCKED: &'static str = "";
+    const NOW: Option<&'static str> = None;
+    const LEAST: &'static str = "min";
+    const GREATEST: &'static str = "max";
+    const SINGLE_NODE: bool = true;
+    const MIGRATIONS: &'static [(&'static str, &'static str)] = &[(
+        include_str!("../../migrations/sqlite/0001_fleet.up.sql"),
+        include_str!("../../migrations/sqlite/0001_fleet.down.sql"),
+    )];
+    const TABLE_EXISTS: &'static str =
+        "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = $1";
+    const LOCK_MIGRATIONS: &'static str = "SELECT 1";
+    const ELEMENTS: &'static str = "json_each($1)";
+
+    fn element(index: usize, column: Column) -> String {
+        match column {
+            Column::Uuid => format!("unhex(value->>{index}, '-')"),
+            Column::Moment | Column::Integer | Column::Boolean | Column::Text | Column::Json => {
+                format!("value->>{index}")
+            }
+        }
+    }
+
+    fn seconds(from: &str, to: &str) -> String {
+        format!("({to} - {from}) / 1000000")
+    }
+
+    fn shifted(moment: &str, micros: &str) -> String {
+        format!("{moment} + {micros}")
+    }
+
+    fn sorted_by_bytes(text: &str) -> String {
+        text.to_owned()
+    }
+
+    fn classify(error: &dyn sqlx::error::DatabaseError) -> StoreError {
+        let code = error.code().and_then(|code| code.parse::<i32>().ok()).unwrap_or_default();
+        // The low byte is the primary code: busy, locked, read-only, I/O, full, cannot open.
+        match code & 0xff {
+            5 | 6 | 8 | 10 | 13 | 14 => StoreError::Unavailable(error.to_string()),
+            _ => StoreError::Rejected(error.to_string()),
+        }
+    }
+}
+
+/// What a failure of the driver means to the caller.
+#[expect(clippy::wildcard_enum_match_arm, reason = "whatever else the driver may report means: not now")]
+pub(super) fn failure<D: Dialect>(error: sqlx::Error) -> StoreError {
+    match error {
+        sqlx::Error::Database(error) => D::classify(error.as_ref()),
+        sqlx::Error::ColumnDecode { index, source } => {
+            StoreError::Corrupt(format!("column {index}: {source}"))
+        }
+        sqlx::Error::Decode(source) => StoreError::Corrupt(source.to_string()),
+        other => StoreError::Unavailable(other.to_string()),
+    }
+}
+
+/// A store on one kind of database: a pool that writes and a pool that reads, which may be the same.
+#[derive(Debug)]
+pub(super) struct SqlStore<D: Dialect> {
+    pub(super) writers: Pool<D>,
+    pub(super) readers: Pool<D>,
+    pub(super) name_lock: tokio::sync::Mutex<Option<NameLock>>,
+    pub(super) lock_place: LockPlace,
+}
+
+/// Where the lock on a node's name lives.
+#[derive(Clone, Debug)]
+pub(super) enum LockPlace {
+    /// A session advisory lock of Postgres, on a connection of its own.
+    Session(Box<sqlx::postgres::PgConnectOptions>),
+    /// A lock file beside the database.
+    File(std::path::PathBuf),
+    /// A database in memory has no second process.
+    Nowhere,
+}
+
+/// What holds the lock on a node's name; dropping it lets go.
+#[derive(Debug)]
+#[expect(dead_code, reason = "held, not read: the lock lives as long as its connection or file")]
+pub(super) enum NameLock {
+    Session(sqlx::PgConnection),
+    File(std::fs::File),
+    Nowhere,
+}
+
+/// Runs one call under the deadline of every call.
+pub(super) async fn bounded<T>(
+    call: impl Future<Output = Result<T, StoreError>> + Send,
+) -> Result<T, StoreError> {
+    bounded_by(CALL_DEADLINE, call).await
+}
+
+/// Runs one call under a deadline of its own.
+pub(super) async fn bounded_by<T>(
+    deadline: Duration,
+    call: impl Future<Output = Result<T, StoreError>> + Send,
+) -> Result<T, StoreError> {
+    tokio::time::timeout(deadline, call).await.unwrap_or_else(|_| {
+        Err(StoreError::Unavailable(format!("no answer within {} s", deadline.as_secs())))
+    })
+}
+
+impl<D: Dialect> SqlStore<D> {
+    /// Begins a writing transaction.
+    pub(super) async fn begin(&self) -> Result<Transaction<'static, D>, StoreError> {
+        self.writers.begin_with(D::BEGIN).await.map_err(failure::<D>)
+    }
+}
+
+/// A batch as the one parameter of its statement.
+pub(super) fn batch(rows: Vec<Value>) -> String {
+    Value::Array(rows).to_string()
+}
+
+/// A statement whose text is put together from constants of this crate only, never from data.
+pub(super) fn sql(text: String) -> AssertSqlSafe<String> {
+    AssertSqlSafe(text)
+}
+
+impl<D> SqlStore<D>
+where
+    D: Dialect,
+    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
+    D::Arguments: IntoArguments<D>,
+    for<'q> String: Encode<'q, D> + Type<D>,
+{
+    /// Runs one statement over a batch, unless the batch is empty.
+    pub(super) async fn execute(
+        tx: &mut Transaction<'_, D>,
+        text: String,
+        values: Vec<Value>,
+    ) -> Result<(), StoreError> {
+        if !values.is_empty() {
+            sqlx::query(sql(text)).bind(batch(values)).execute(&mut **tx).await.map_err(failure::<D>)?;
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,347 @@
+//! Nodes: the lock on a name, the lease, and what a starting node does about those that are gone.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use sqlx::{ColumnIndex, Connection, Decode, Encode, Executor, FromRow, IntoArguments, Transaction, Type};
+use uuid::Uuid;
+
+use super::dialect::{Dialect, LockPlace, NameLock, SqlStore, bounded, failure, sql};
+use super::{NodeStore, StoreError};
+use crate::clock::{Moment, micros};
+use crate::close::CloseReason;
+
+/// A node that starts.
+#[derive(Clone, Debug)]
+pub struct NewNode {
+    /// New with every start.
+    pub id: Uuid,
+    /// Its name.
+    pub name: String,
+    /// The version of its binary.
+    pub version: String,
+    /// For how long a renewal holds.
+    pub lease: Duration,
+    /// When it starts.
+    pub at: Moment,
+    /// How long agents cut off by the server have to return before they count as offline.
+    pub return_time: Duration,
+    /// Polls on record before this moment are over.
+    pub polls_since: Moment,
+}
+
+/// What a starting node found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeStart {
+    /// Connections of predecessors that were still open: ended as `server_lost`.
+    pub lost_connections: u64,
+    /// True where no other node is alive.
+    pub alone: bool,
+    /// How long no node watched the fleet; none where another one is alive or there never was one.
+    pub unwatched: Option<Duration>,
+}
+
+#[async_trait]
+impl<D> NodeStore for SqlStore<D>
+where
+    D: Dialect,
+    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
+    D::Arguments: IntoArguments<D>,
+    for<'r> (Uuid,): FromRow<'r, D::Row>,
+    for<'r> (Option<Moment>,): FromRow<'r, D::Row>,
+    for<'r> (Moment,): FromRow<'r, D::Row>,
+    usize: ColumnIndex<D::Row>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> i64: Encode<'q, D> + Decode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Decode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Decode<'q, D> + Type<D>,
+    D::QueryResult: super::agents::Affected,
+{
+    async fn now(&self) -> Result<Moment, StoreError> {
+        bounded(async {
+            match D::NOW {
+                None => Ok(crate::clock::host_now()),
+                Some(text) => {
+                    let (now,): (Moment,) =
+                        sqlx::query_as(text).fetch_one(&self.readers).await.map_err(failure::<D>)?;
+                    Ok(now)
+                }
+            }
+        })
+        .await
+    }
+
+    async fn lock_node_name(&self, name: &str) -> Result<bool, StoreError> {
+        let mut held = self.name_lock.lock().await;
+        let lock = bounded(take_lock(&self.lock_place, name)).await?;
+        let taken = lock.is_some();
+        if taken {
+            *held = lock;
+        }
+        Ok(taken)
+    }
+
+    async fn start_node(&self, node: &NewNode) -> Result<NodeStart, StoreError> {
+        bounded(self.start(node)).await
+    }
+
+    async fn renew_node(&self, node: Uuid, at: Moment) -> Result<bool, StoreError> {
+        let query = sqlx::query_as(
+            "UPDATE nodes SET renewed_at = $2 WHERE id = $1 AND ended_at IS NULL RETURNING id",
+        );
+        let renewed: Option<(Uuid,)> = bounded(async {
+            query.bind(node).bind(at).fetch_optional(&self.writers).await.map_err(failure::<D>)
+        })
+        .await?;
+        Ok(renewed.is_some())
+    }
+
+    async fn end_node(&self, node: Uuid, at: Moment) -> Result<(), StoreError> {
+        let query =
+            sqlx::query("UPDATE nodes SET ended_at = $2, renewed_at = $2 WHERE id = $1 AND ended_at IS NULL");
+        bounded(async { query.bind(node).bind(at).execute(&self.writers).await.map_err(failure::<D>) })
+            .await?;
+        Ok(())
+    }
+
+    async fn has_living_peer(&self, node: Uuid) -> Result<bool, StoreError> {
+        let query = sqlx::query_as("SELECT id FROM nodes WHERE ended_at IS NULL AND id <> $1 LIMIT 1");
+        let peer: Option<(Uuid,)> =
+            bounded(async { query.bind(node).fetch_optional(&self.readers).await.map_err(failure::<D>) })
+                .await?;
+        Ok(peer.is_some())
+    }
+}
+
+/// Takes the lock on a node name; `None` where another process holds it.
+async fn take_lock(place: &LockPlace, name: &str) -> Result<Option<NameLock>, StoreError> {
+    match place {
+        LockPlace::Nowhere => Ok(Some(NameLock::Nowhere)),
+        LockPlace::File(path) => {
+            let opened = std::fs::OpenOptions::new().create(true).truncate(false).write(true).open(path);
+            let file = opened.map_err(|error| {
+                StoreError::Unavailable(format!("cannot open {}: {error}", path.display()))
+            })?;
+            match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
+                Ok(()) => Ok(Some(NameLock::File(file))),
+                Err(rustix::io::Errno::WOULDBLOCK) => Ok(None),
+                Err(error) => {
+                    Err(StoreError::Unavailable(format!("cannot lock {}: {error}", path.display())))
+                }
+            }
+        }
+        LockPlace::Session(options) => {
+            let lost = |error| failure::<sqlx::Postgres>(error);
+            let mut session = sqlx::PgConnection::connect_with(options).await.map_err(lost)?;
+            let taken: bool = sqlx::query_scalar(
+                "SELECT pg_try_advisory_lock(hashtextextended('opamp-server node ' || $1, 0))",
+            )
+            .bind(name)
+            .fetch_one(&mut session)
+            .await
+            .map_err(lost)?;
+            Ok(taken.then_some(NameLock::Session(session)))
+        }
+    }
+}
+
+/// Open rows `c` of ended nodes, and, where nobody else could have heard them, of polls that stopped before `$2`.
+fn lost(alone: bool) -> String {
+    let polls = if alone {
+        "OR (c.transport = 'http' AND (SELECT l.last_seen_at FROM agent_liveness l
+             WHERE l.agent_id = c.agent_id) < $2)"
+    } else {
+        "AND $2 = $2"
+    };
+    format!(
+        "c.disconnected_at IS NULL AND $1 = $1
+         AND (c.node_id IN (SELECT n.id FROM nodes n WHERE n.ended_at IS NOT NULL) {polls})"
+    )
+}
+
+/// Rows `c` displaced since the last renewal of a node that `ender` ended: their agents fled from it.
+fn fled(ender: &str) -> String {
+    format!(
+        "FROM agent_connection_history c JOIN nodes n ON n.id = c.node_id
+         WHERE n.ended_by = {ender} AND c.disconnected_by > n.renewed_at AND c.disconnect_reason = '{}'",
+        CloseReason::Superseded.label()
+    )
+}
+
+impl<D> SqlStore<D>
+where
+    D: Dialect,
+    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
+    D::Arguments: IntoArguments<D>,
+    for<'r> (Uuid,): FromRow<'r, D::Row>,
+    for<'r> (Option<Moment>,): FromRow<'r, D::Row>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> i64: Encode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+    D::QueryResult: super::agents::Affected,
+{
+    async fn start(&self, node: &NewNode) -> Result<NodeStart, StoreError> {
+        let mut tx = self.begin().await?;
+        let (watched_until,): (Option<Moment>,) = sqlx::query_as("SELECT max(renewed_at) FROM nodes")
+            .fetch_one(&mut *tx)
+            .await
+            .map_err(failure::<D>)?;
+        sqlx::query(
+            "INSERT INTO nodes (id, name, version, lease_ms, started_at, renewed_at) VALUES ($1, $2, $3, $4, $5, $5)",
+        )
+        .bind(node.id)
+        .bind(node.name.as_str())
+        .bind(node.version.as_str())
+        .bind(i64::try_from(node.lease.as_millis()).unwrap_or(i64::MAX))
+        .bind(node.at)
+        .execute(&mut *tx)
+        .await
+        .map_err(failure::<D>)?;
+        // Who holds the lock on a name is its only living node; where a lock guards the whole database, the only one.
+        let same_name = if D::SINGLE_NODE { "$2 = $2" } else { "name = $2" };
+        let text = format!(
+            "UPDATE nodes SET ended_at = $3, ended_by = $1 WHERE id <> $1 AND {same_name} AND ended_at IS NULL"
+        );
+        sqlx::query(sql(text))
+            .bind(node.id)
+            .bind(node.name.as_str())
+            .bind(node.at)
+            .execute(&mut *tx)
+            .await
+            .map_err(failure::<D>)?;
+        let peer: Option<(Uuid,)> =
+            sqlx::query_as("SELECT id FROM nodes WHERE ended_at IS NULL AND id <> $1 LIMIT 1")
+                .bind(node.id)
+                .fetch_optional(&mut *tx)
+                .await
+                .map_err(failure::<D>)?;
+        let alone = peer.is_none();
+        let unwatched = watched_until.filter(|_| alone).map(|until| node.at.since(until));
+        Self::lock_agents_of_lost(&mut tx, node, alone).await?;
+        let lost_connections = Self::end_lost_connections(&mut tx, node, alone).await?;
+        Self::rename_displaced(&mut tx, node).await?;
+        if let Some(unwatched) = unwatched {
+            Self::move_verdicts(&mut tx, node, unwatched).await?;
+        }
+        tx.commit().await.map_err(failure::<D>)?;
+        Ok(NodeStart { lost_connections, alone, unwatched })
+    }
+
+    /// Locks the agents that a start may change in the order of every writer, so that nobody waits in a circle.
+    async fn lock_agents_of_lost(
+        tx: &mut Transaction<'_, D>,
+        node: &NewNode,
+        alone: bool,
+    ) -> Result<(), StoreError> {
+        if D::LOCK_AGENTS.is_empty() {
+            return Ok(());
+        }
+        let text = format!(
+            "SELECT a.id FROM agents a WHERE a.id IN
+                 (SELECT c.agent_id FROM agent_connection_history c WHERE {} UNION SELECT c.agent_id {})
+             ORDER BY a.id {}",
+            lost(alone),
+            fled("$3"),
+            D::LOCK_AGENTS
+        );
+        sqlx::query(sql(text))
+            .bind(node.at)
+            .bind(node.polls_since)
+            .bind(node.id)
+            .execute(&mut **tx)
+            .await
+            .map_err(failure::<D>)?;
+        Ok(())
+    }
+
+    /// Ends what ended nodes left open, and, where nobody else could have heard them, polls that stopped.
+    async fn end_lost_connections(
+        tx: &mut Transaction<'_, D>,
+        node: &NewNode,
+        alone: bool,
+    ) -> Result<u64, StoreError> {
+        use super::agents::Affected as _;
+        let (least, greatest) = (D::LEAST, D::GREATEST);
+        let proof = format!(
+            "{greatest}(c.connected_at, {least}($1, coalesce((SELECT l.last_seen_at FROM agent_liveness l
+             WHERE l.agent_id = c.agent_id), c.connected_at)))"
+        );
+        let lost = lost(alone);
+        let reason = CloseReason::ServerLost.label();
+        let text = format!(
+            "UPDATE agent_connection_history AS c SET disconnected_at = {proof},
+                 disconnected_by = {greatest}($1, {proof}), duration_seconds = {},
+                 disconnect_reason = '{reason}'
+             WHERE {lost}",
+            D::seconds("c.connected_at", &proof)
+        );
+        let ended = sqlx::query(sql(text))
+            .bind(node.at)
+            .bind(node.polls_since)
+            .execute(&mut **tx)
+            .await
+            .map_err(failure::<D>)?;
+        let text = format!(
+            "UPDATE agents SET connection_id = NULL, disconnect_reason = '{reason}',
+                 last_disconnected_at = (SELECT c.disconnected_at FROM agent_connection_history c
+                                         WHERE c.id = agents.connection_id),
+                 offline_at = CASE WHEN status = 'online' THEN {} END, updated_at = {greatest}(updated_at, $1)
+             WHERE connection_id IN (SELECT c.id FROM agent_connection_history c
+                                     WHERE c.id = agents.connection_id AND c.disconnected_at IS NOT NULL)",
+            D::shifted("$1", "$2")
+        );
+        sqlx::query(sql(text))
+            .bind(node.at)
+            .bind(micros(node.return_time))
+            .execute(&mut **tx)
+            .await
+            .map_err(failure::<D>)?;
+        Ok(ended.affected())
+    }
+
+    /// Rows displaced since the last renewal of a node that this start ended: its agents fled from it.
+    async fn rename_displaced(tx: &mut Transaction<'_, D>, node: &NewNode) -> Result<(), StoreError> {
+        let (from, to) = (CloseReason::Superseded.label(), CloseReason::ServerLost.label());
+        let fled = fled("$1");
+        for text in [
+            format!(
+                "UPDATE agents AS a SET disconnect_reason = '{to}' {fled} AND c.agent_id = a.id
+                     AND c.disconnected_at = a.last_disconnected_at AND a.disconnect_reason = '{from}'"
+            ),
+            format!(
+                "UPDATE agent_connection_history SET disconnect_reason = '{to}' WHERE id IN (SELECT c.id {fled})"
+            ),
+        ] {
+            sqlx::query(sql(text)).bind(node.id).execute(&mut **tx).await.map_err(failure::<D>)?;
+        }
+        Ok(())
+    }
+
+    /// Time in which nobody watched counts for no agent: pending verdicts and stale clocks move on.
+    async fn move_verdicts(
+        tx: &mut Transaction<'_, D>,
+        node: &NewNode,
+        unwatched: Duration,
+    ) -> Result<(), StoreError> {
+        let text = format!(
+            "UPDATE agents SET offline_at = {}(offline_at, {}) WHERE offline_at IS NOT NULL",
+            D::GREATEST,
+            D::shifted("$1", "$2")
+        );
+        sqlx::query(sql(text))
+            .bind(node.at)
+            .bind(micros(node.return_time))
+            .execute(&mut **tx)
+            .await
+            .map_err(failure::<D>)?;
+        let text = format!(
+            "UPDATE agents SET stale_from = {} WHERE stale_from IS NOT NULL",
+            D::shifted("stale_from", "$1")
+        );
+        sqlx::query(sql(text)).bind(micros(unwatched)).execute(&mut **tx).await.map_err(failure::<D>)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,80 @@
+//! SQLite: one writer and several readers on a file in WAL mode, and the lock file beside it.
+
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use async_trait::async_trait;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::{ConnectOptions, Sqlite};
+
+use super::dialect::{LockPlace, SqlStore, bounded, failure};
+use super::{CALL_DEADLINE, Store, StoreError};
+
+/// Opens the store, a file that is made where it is missing, and brings its schema up to date.
+pub(super) async fn open(
+    url: &str,
+    max_connections: u32,
+    migrate: bool,
+) -> Result<SqlStore<Sqlite>, StoreError> {
+    let store = connect(url, max_connections).await?;
+    store.prepare(migrate).await?;
+    Ok(store)
+}
+
+/// Connects without touching the schema.
+pub(super) async fn connect(url: &str, max_connections: u32) -> Result<SqlStore<Sqlite>, StoreError> {
+    let options = SqliteConnectOptions::from_str(url)
+        .map_err(|error| StoreError::Schema(format!("store.url is not a valid sqlite:// URL: {error}")))?
+        .create_if_missing(true)
+        .journal_mode(SqliteJournalMode::Wal)
+        .synchronous(SqliteSynchronous::Full)
+        .foreign_keys(true)
+        .busy_timeout(CALL_DEADLINE)
+        .disable_statement_logging();
+    let file = options.get_filename().to_path_buf();
+    let in_memory = file.as_os_str().is_empty() || url.contains(":memory:") || url.contains("mode=memory");
+    let pool = |connections: u32| {
+        SqlitePoolOptions::new().max_connections(connections).acquire_timeout(CALL_DEADLINE)
+    };
+    let place = file.display().to_string();
+    let unusable = |error| match failure::<Sqlite>(error) {
+        StoreError::Unavailable(text) => StoreError::Unavailable(format!("cannot open {place}: {text}")),
+        error @ (StoreError::Conflict
+        | StoreError::Corrupt(_)
+        | StoreError::Rejected(_)
+        | StoreError::Schema(_)) => error,
+    };
+    let writers = pool(1)
+        .idle_timeout(None)
+        .max_lifetime(None)
+        .connect_with(options.clone())
+        .await
+        .map_err(unusable)?;
+    let readers = if in_memory {
+        // A database in memory is private to its one connection.
+        writers.clone()
+    } else {
+        pool(max_connections).connect_lazy_with(options.pragma("query_only", "on"))
+    };
+    let lock_place = if in_memory {
+        LockPlace::Nowhere
+    } else {
+        let mut lock: std::ffi::OsString = file.into_os_string();
+        lock.push(".lock");
+        LockPlace::File(PathBuf::from(lock))
+    };
+    Ok(SqlStore { writers, readers, name_lock: tokio::sync::Mutex::default(), lock_place })
+}
+
+#[async_trait]
+impl Store for SqlStore<Sqlite> {
+    async fn check(&self) -> Result<(), StoreError> {
+        bounded(self.check_schema()).await
+    }
+
+    async fn close(&self) {
+        self.readers.close().await;
+        self.writers.close().await;
+        self.name_lock.lock().await.take();
+    }
+}

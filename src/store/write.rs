@@ -1,0 +1,894 @@
+//! One batch of writes for connections: updates of agents, ends, openings, in one transaction.
+//!
+//! The order of the stages keeps the promises: an end known in memory is written, with its own
+//! reason, ahead of the newcomer's row; opening locks the agents' rows sorted by uid, ends open
+//! rows, inserts, and sets the fence last. Decisions are made in Rust under these locks, so that
+//! both databases decide alike. The statements know nothing of links or sessions.
+
+use std::collections::HashMap;
+
+use async_trait::async_trait;
+use serde_json::{Value, json};
+use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, Transaction, Type};
+use uuid::Uuid;
+
+use super::dialect::{Column, Dialect, SqlStore, batch, bounded, failure, rows, sql};
+use super::status_log::log_row;
+use super::{ConnectionRow, HistoryFilter, Page, PageRequest, PolledConnection, StatusChange, Transport};
+use super::{ConnectionStore, Status, StoreError};
+use crate::agent::document::Documents;
+use crate::agent::report::{KnownAgent, Part, PartSet};
+use crate::agent::{Capabilities, InstanceUid};
+use crate::clock::Moment;
+use crate::close::{Cause, CloseReason};
+
+/// One write of a batch. Stages run in this order: updates, ends, openings.
+#[derive(Clone, Debug)]
+pub enum Write {
+    /// Upserts what an agent reported.
+    UpdateAgent(Box<AgentUpdate>),
+    /// Ends a connection: its row, the agent's status, the reason, last seen.
+    UpdateConnection(ConnectionEnd),
+    /// Creates a connection, and the agent's record where it is new.
+    CreateConnection(NewConnection),
+}
+
+impl Write {
+    /// The agent concerned.
+    #[must_use]
+    pub fn agent(&self) -> InstanceUid {
+        match self {
+            Self::UpdateAgent(update) => update.agent,
+            Self::UpdateConnection(end) => end.agent,
+            Self::CreateConnection(new) => new.agent,
+        }
+    }
+
+    /// The stage in which it runs, from 0.
+    #[must_use]
+    pub fn stage(&self) -> u8 {
+        match self {
+            Self::UpdateAgent(_) => 0,
+            Self::UpdateConnection(_) => 1,
+            Self::CreateConnection(_) => 2,
+        }
+    }
+}
+
+/// What an agent reported, to be stored by the connection that holds the fence.
+#[derive(Clone, Debug)]
+pub struct AgentUpdate {
+    /// Whose report.
+    pub agent: InstanceUid,
+    /// The fence.
+    pub connection_id: i64,
+    /// When it came.
+    pub at: Moment,
+    /// The number that the stored state now stands for; none while something may be missing.
+    pub sequence_num: Option<u64>,
+    /// The mask.
+    pub capabilities: Capabilities,
+    /// The parts that changed.
+    pub documents: Documents,
+}
+
+/// The end of a connection.
+#[derive(Clone, Debug)]
+pub struct ConnectionEnd {
+    /// Whose connection.
+    pub agent: InstanceUid,
+    /// Which connection.
+    pub connection_id: i64,
+    /// Why it ended.
+    pub reason: CloseReason,
+    /// The end as seen, or the last proof that it was connected.
+    pub disconnected_at: Moment,
+    /// For an end that was not seen: when it was known.
+    pub disconnected_by: Option<Moment>,
+    /// When the agent was last heard.
+    pub last_seen_at: Moment,
+    /// The number that the stored state stands for.
+    pub sequence_num: Option<u64>,
+    /// For an end the server caused: when the agent goes offline unless it returns.
+    pub offline_at: Option<Moment>,
+    /// For polls: changes nothing where the store saw the agent later than this.
+    pub unless_seen_after: Option<Moment>,
+    /// The node that ends it, for the status log.
+    pub node_id: Uuid,
+}
+
+/// A connection to open.
+#[derive(Clone, Debug)]
+pub struct NewConnection {
+    /// Whose connection.
+    pub agent: InstanceUid,
+    /// How its reports travel.
+    pub transport: Transport,
+    /// The peer's address and port.
+    pub remote_addr: String,
+    /// The node that opens it.
+    pub node_id: Uuid,
+    /// A number unique within the node, which makes opening idempotent.
+    pub node_seq: i64,
+    /// When its first report came.
+    pub at: Moment,
+    /// The last proof of an older connection that this node holds.
+    pub last_proof: Option<Moment>,
+    /// For polls: an open connection over plain HTTP that was seen since then goes on.
+    pub continues_since: Option<Moment>,
+}
+
+/// An opened connection.
+#[derive(Clone, Debug)]
+pub struct Opened {
+    /// Its id, the fence of all later writes.
+    pub connection_id: i64,
+    /// When it began.
+    pub connected_at: Moment,
+    /// What the store knows of the agent.
+    pub agent: KnownAgent,
+    /// The connection it displaced.
+    pub displaced: Option<Displaced>,
+    /// The change of status it brought.
+    pub status: Option<StatusChange>,
+}
+
+/// An older connection that a newcomer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Displaced {
+    /// Its id.
+    pub connection_id: i64,
+    /// Why it ended.
+    pub reason: CloseReason,
+    /// How long it lasted, in seconds.
+    pub duration_seconds: i64,
+}
+
+/// What became of an end.
+#[derive(Clone, Debug, Default)]
+pub struct Ended {
+    /// How long the connection lasted, in seconds; none where its row was ended before.
+    pub duration_seconds: Option<i64>,
+    /// The change of status it brought.
+    pub status: Option<StatusChange>,
+}
+
+/// The answer to one [`Write`], of the same kind.
+#[derive(Clone, Debug)]
+pub enum Written {
+    /// True where the update was stored; false where a newer connection holds the fence.
+    Agent(bool),
+    /// What became of the end.
+    Connection(Ended),
+    /// The opened connection.
+    Created(Box<Opened>),
+}
+
+/// An agent's row as locked at the start of a transaction.
+#[derive(Clone, Debug, FromRow)]
+#[expect(clippy::struct_excessive_bools, reason = "which parts are stored, a column each")]
+pub(super) struct LockedAgent {
+    #[sqlx(try_from = "Uuid")]
+    id: InstanceUid,
+    #[sqlx(try_from = "String")]
+    status: Status,
+    connection_id: Option<i64>,
+    capabilities: i64,
+    sequence_num: Option<i64>,
+    last_seen_at: Option<Moment>,
+    last_connected_at: Option<Moment>,
+    updated_at: Moment,
+    has_description: bool,
+    has_health: bool,
+    has_effective_config: bool,
+    has_remote_config_status: bool,
+    has_package_statuses: bool,
+    has_custom_capabilities: bool,
+    has_components: bool,
+    has_connection_settings_status: bool,
+}
+
+impl LockedAgent {
+    fn known(&self) -> KnownAgent {
+        let stored = [
+            (self.has_description, Part::Description),
+            (self.has_health, Part::Health),
+            (self.has_effective_config, Part::EffectiveConfig),
+            (self.has_remote_config_status, Part::RemoteConfigStatus),
+            (self.has_package_statuses, Part::PackageStatuses),
+            (self.has_custom_capabilities, Part::CustomCapabilities),
+            (self.has_components, Part::AvailableComponents),
+            (self.has_connection_settings_status, Part::ConnectionSettingsStatus),
+        ];
+        KnownAgent {
+            known: self.last_connected_at.is_some(),
+            sequence_num: self.sequence_num.map(i64::cast_unsigned),
+            capabilities: Capabilities(self.capabilities.cast_unsigned()),
+            parts: PartSet::of(stored.into_iter().filter_map(|(has, part)| has.then_some(part))),
+        }
+    }
+}
+
+/// An open row of the history.
+#[derive(Clone, Copy, Debug, FromRow)]
+pub(super) struct OpenRow {
+    id: i64,
+    #[sqlx(try_from = "Uuid")]
+    agent_id: InstanceUid,
+    connected_at: Moment,
+    #[sqlx(try_from = "String")]
+    transport: Transport,
+    node_id: Option<Uuid>,
+    node_seq: i64,
+    created_at: Moment,
+    node_gone: bool,
+}
+
+impl OpenRow {
+    /// True where `new` is the opening that made this row, done again because its answer was lost.
+    fn is_of(&self, new: &NewConnection) -> bool {
+        let same_node = match new.transport {
+            Transport::Websocket => self.node_id == Some(new.node_id),
+            Transport::Http => self.created_at == new.at,
+        };
+        same_node && self.transport == new.transport && self.node_seq == new.node_seq
+    }
+}
+
+/// The end of a row, as decided.
+#[derive(Clone, Copy, Debug)]
+struct RowEnd {
+    at: Moment,
+    by: Option<Moment>,
+    reason: CloseReason,
+    duration_seconds: i64,
+}
+
+impl RowEnd {
+    fn new(row: &OpenRow, reason: CloseReason, at: Moment, by: Option<Moment>) -> Self {
+        let at = at.max(row.connected_at);
+        let duration_seconds = i64::try_from(at.since(row.connected_at).as_secs()).unwrap_or(i64::MAX);
+        Self {
+            at,
+            by: by.map(|by| by.max(at)),
+            reason,
+            duration_seconds: duration_seconds.min(i64::from(i32::MAX)),
+        }
+    }
+
+    /// When the end was known.
+    fn known_at(&self) -> Moment {
+        self.by.unwrap_or(self.at)
+    }
+
+    fn row(&self, connection_id: i64) -> Value {
+        json!([
+            connection_id,
+            self.at.as_micros(),
+            self.by.map(Moment::as_micros),
+            self.duration_seconds,
+            self.reason.label()
+        ])
+    }
+}
+
+/// What a newcomer does to the open row it finds; `None` where it goes on with it.
+fn displacement(
+    row: &OpenRow,
+    agent: &LockedAgent,
+    new: &NewConnection,
+    connected_at: Moment,
+) -> Option<RowEnd> {
+    let proof = agent.last_seen_at.max(new.last_proof).unwrap_or(row.connected_at).min(connected_at);
+    if row.is_of(new) {
+        return None;
+    }
+    let polls_on = row.transport == Transport::Http && new.transport == Transport::Http;
+    let reason = match new.continues_since {
+        Some(since) if polls_on && proof >= since => return None,
+        Some(_) if polls_on => CloseReason::HeartbeatTimeout,
+        _ if row.node_gone => CloseReason::ServerLost,
+        _ => CloseReason::Superseded,
+    };
+    Some(RowEnd::new(row, reason, proof, Some(connected_at)))
+}
+
+/// What the ends of a batch make of the agents' rows.
+#[derive(Default)]
+struct Effects {
+    rows: Vec<Value>,
+    agents: Vec<Value>,
+    log: Vec<Value>,
+    sightings: Vec<(InstanceUid, Moment, Option<u64>)>,
+}
+
+/// The JSON form of a number as stored: 64 bits, the sign is only a reading.
+pub(super) fn stored_number(number: Option<u64>) -> Option<i64> {
+    number.map(u64::cast_signed)
+}
+
+/// A document as the text that SQLite keeps and Postgres reads as jsonb.
+fn update_row(update: &AgentUpdate) -> Value {
+    let documents = &update.documents;
+    let described = documents.description.as_ref();
+    json!([
+        update.agent,
+        update.connection_id,
+        update.at.as_micros(),
+        update.capabilities.0.cast_signed(),
+        described.map(|described| &described.document),
+        described.and_then(|described| described.name.as_ref()),
+        described.and_then(|described| described.host.as_ref()),
+        described.map(|described| &described.groups),
+        described.is_some_and(|described| described.ephemeral),
+        described.map_or(0, |described| described.clients_count),
+        documents.health,
+        documents.healthy,
+        documents.effective_config,
+        documents.remote_config_status,
+        documents.sync_revision,
+        documents.package_statuses,
+        documents.custom_capabilities,
+        documents.components_hash,
+        documents.connection_settings_status,
+    ])
+}
+
+const UPDATE_COLUMNS: [(&str, Column); 19] = [
+    ("agent", Column::Uuid),
+    ("connection_id", Column::Integer),
+    ("at", Column::Moment),
+    ("capabilities", Column::Integer),
+    ("description", Column::Json),
+    ("name", Column::Text),
+    ("host", Column::Text),
+    ("groups", Column::Json),
+    ("ephemeral", Column::Boolean),
+    ("clients_count", Column::Integer),
+    ("health", Column::Json),
+    ("healthy", Column::Boolean),
+    ("effective_config", Column::Json),
+    ("remote_config_status", Column::Json),
+    ("sync_revision", Column::Text),
+    ("package_statuses", Column::Json),
+    ("custom_capabilities", Column::Json),
+    ("components_hash", Column::Text),
+    ("connection_settings_status", Column::Json),
+];
+
+#[async_trait]
+impl<D> ConnectionStore for SqlStore<D>
+where
+    D: Dialect,
+    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
+    D::Arguments: IntoArguments<D>,
+    for<'r> LockedAgent: FromRow<'r, D::Row>,
+    for<'r> OpenRow: FromRow<'r, D::Row>,
+    for<'r> ConnectionRow: FromRow<'r, D::Row>,
+    for<'r> PolledConnection: FromRow<'r, D::Row>,
+    usize: ColumnIndex<D::Row>,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> i64: Encode<'q, D> + Decode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Decode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    async fn write(&self, batch: &[Write]) -> Result<Vec<Written>, StoreError> {
+        bounded(self.write_batch(batch)).await
+    }
+
+    async fn get_active_connection(&self, agent: InstanceUid) -> Result<Option<ConnectionRow>, StoreError> {
+        bounded(self.active_connection(agent)).await
+    }
+
+    async fn list_connection_history(
+        &self,
+        agent: InstanceUid,
+        filter: HistoryFilter,
+        page: PageRequest<i64>,
+    ) -> Result<Page<ConnectionRow>, StoreError> {
+        bounded(self.connection_history(agent, filter, page)).await
+    }
+
+    async fn list_polled_connections(&self) -> Result<Vec<PolledConnection>, StoreError> {
+        bounded(self.polled_connections()).await
+    }
+}
+
+impl<D> SqlStore<D>
+where
+    D: Dialect,
+    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
+    D::Arguments: IntoArguments<D>,
+    for<'r> LockedAgent: FromRow<'r, D::Row>,
+    for<'r> OpenRow: FromRow<'r, D::Row>,
+    usize: ColumnIndex<D::Row>,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> i64: Decode<'q, D> + Type<D>,
+    for<'q> Uuid: Decode<'q, D> + Type<D>,
+{
+    async fn write_batch(&self, writes: &[Write]) -> Result<Vec<Written>, StoreError> {
+        let (mut updates, mut ends, mut news) = (Vec::new(), Vec::new(), Vec::new());
+        for write in writes {
+            match write {
+                Write::UpdateAgent(update) => updates.push(update.as_ref()),
+                Write::UpdateConnection(end) => ends.push(end),
+                Write::CreateConnection(new) => news.push(new),
+            }
+        }
+        let mut tx = self.begin().await?;
+        Self::insert_agents(&mut tx, &news).await?;
+        let mut agents = Self::lock_agents(&mut tx, writes).await?;
+        let stored = Self::update_agents(&mut tx, &updates).await?;
+        let mut ended = Self::update_connections(&mut tx, &ends, &mut agents).await?;
+        let mut opened = Self::create_connections(&mut tx, &news, &agents).await?;
+        tx.commit().await.map_err(failure::<D>)?;
+        writes
+            .iter()
+            .map(|write| match write {
+                Write::UpdateAgent(update) => Some(Written::Agent(stored.contains(&update.agent))),
+                Write::UpdateConnection(end) => ended.remove(&end.connection_id).map(Written::Connection),
+                Write::CreateConnection(new) => {
+                    opened.remove(&new.agent).map(|new| Written::Created(Box::new(new)))
+                }
+            })
+            .collect::<Option<Vec<_>>>()
+            .ok_or_else(|| StoreError::Corrupt("a batch was answered incompletely".to_owned()))
+    }
+
+    /// Creates the records of agents never seen before.
+    async fn insert_agents(tx: &mut Transaction<'_, D>, news: &[&NewConnection]) -> Result<(), StoreError> {
+        let text = format!(
+            "INSERT INTO agents (id, status, status_since, created_at, updated_at)
+             SELECT r.id, 'online', r.at, r.at, r.at FROM {} r WHERE true ORDER BY r.id
+             ON CONFLICT (id) DO NOTHING",
+            rows::<D>(&[("id", Column::Uuid), ("at", Column::Moment)])
+        );
+        let values = news.iter().map(|new| json!([new.agent, new.at.as_micros()])).collect();
+        Self::execute(tx, text, values).await
+    }
+
+    /// Locks the rows of all agents of the batch, sorted by uid, so that two batches cannot wait for each other in a circle.
+    async fn lock_agents(
+        tx: &mut Transaction<'_, D>,
+        writes: &[Write],
+    ) -> Result<HashMap<InstanceUid, LockedAgent>, StoreError> {
+        let rows = rows::<D>(&[("id", Column::Uuid)]);
+        let values: Vec<Value> = writes.iter().map(|write| json!([write.agent()])).collect();
+        if !D::LOCK_AGENTS.is_empty() {
+            // A statement of its own: the next one sees what was committed while this one waited.
+            let text = format!(
+                "SELECT a.id FROM agents a WHERE a.id IN (SELECT r.id FROM {rows} r) ORDER BY a.id {}",
+                D::LOCK_AGENTS
+            );
+            Self::execute(tx, text, values.clone()).await?;
+        }
+        let text = format!(
+            "SELECT a.id, a.status, a.connection_id, a.capabilities, l.sequence_num, l.last_seen_at,
+                    a.last_connected_at, a.updated_at,
+                    a.description IS NOT NULL AS has_description,
+                    a.health IS NOT NULL AS has_health,
+                    a.effective_config IS NOT NULL AS has_effective_config,
+                    a.remote_config_status IS NOT NULL AS has_remote_config_status,
+                    a.package_statuses IS NOT NULL AS has_package_statuses,
+                    a.custom_capabilities IS NOT NULL AS has_custom_capabilities,
+                    a.components_hash IS NOT NULL AS has_components,
+                    a.connection_settings_status IS NOT NULL AS has_connection_settings_status
+             FROM agents a LEFT JOIN agent_liveness l ON l.agent_id = a.id
+             WHERE a.id IN (SELECT r.id FROM {rows} r)"
+        );
+        let agents: Vec<LockedAgent> =
+            sqlx::query_as(sql(text)).bind(batch(values)).fetch_all(&mut **tx).await.map_err(failure::<D>)?;
+        Ok(agents.into_iter().map(|agent| (agent.id, agent)).collect())
+    }
+
+    /// Stores what agents reported; answers whose report was stored.
+    async fn update_agents(
+        tx: &mut Transaction<'_, D>,
+        updates: &[&AgentUpdate],
+    ) -> Result<Vec<InstanceUid>, StoreError> {
+        if updates.is_empty() {
+            return Ok(Vec::new());
+        }
+        let kept: String = [
+            "health",
+            "healthy",
+            "effective_config",
+            "remote_config_status",
+            "sync_revision",
+            "package_statuses",
+            "custom_capabilities",
+            "components_hash",
+            "connection_settings_status",
+        ]
+        .map(|column| format!("{column} = coalesce(r.{column}, a.{column}), "))
+        .concat();
+        let described: String = ["name", "host", "groups", "ephemeral", "clients_count"]
+            .map(|column| {
+                format!("{column} = CASE WHEN r.description IS NULL THEN a.{column} ELSE r.{column} END, ")
+            })
+            .concat();
+        let text = format!(
+            "UPDATE agents AS a SET {kept}{described}
+                 description = coalesce(r.description, a.description),
+                 capabilities = r.capabilities, updated_at = {}(a.updated_at, r.at)
+             FROM {} r WHERE a.id = r.agent AND a.connection_id = r.connection_id RETURNING id",
+            D::GREATEST,
+            rows::<D>(&UPDATE_COLUMNS)
+        );
+        let values = updates.iter().map(|update| update_row(update)).collect();
+        let stored: Vec<(Uuid,)> =
+            sqlx::query_as(sql(text)).bind(batch(values)).fetch_all(&mut **tx).await.map_err(failure::<D>)?;
+        let stored: Vec<InstanceUid> = stored.into_iter().map(|(id,)| id.into()).collect();
+        let stored_updates: Vec<_> =
+            updates.iter().copied().filter(|update| stored.contains(&update.agent)).collect();
+        Self::update_liveness(tx, stored_updates.iter().map(|u| (u.agent, u.at, u.sequence_num))).await?;
+        Self::replace_attributes(tx, &stored_updates).await?;
+        let inventories = stored_updates.iter().filter_map(|update| {
+            let (hash, components) =
+                (update.documents.components_hash.as_ref()?, update.documents.components.as_ref()?);
+            Some(json!([hash, components, update.at.as_micros()]))
+        });
+        let columns = [("hash", Column::Text), ("components", Column::Json), ("at", Column::Moment)];
+        let text = format!(
+            "INSERT INTO component_inventories (hash, components, created_at)
+             SELECT r.hash, r.components, r.at FROM {} r WHERE true ON CONFLICT (hash) DO NOTHING",
+            rows::<D>(&columns)
+        );
+        Self::execute(tx, text, inventories.collect()).await?;
+        Ok(stored)
+    }
+
+    /// Stores when agents were last seen and the numbers their stored state stands for, under the lock of their rows.
+    async fn update_liveness(
+        tx: &mut Transaction<'_, D>,
+        seen: impl Iterator<Item = (InstanceUid, Moment, Option<u64>)> + Send,
+    ) -> Result<(), StoreError> {
+        let values: Vec<Value> =
+            seen.map(|(agent, at, number)| json!([agent, at.as_micros(), stored_number(number)])).collect();
+        let columns = [("id", Column::Uuid), ("at", Column::Moment), ("number", Column::Integer)];
+        let text = format!(
+            "UPDATE agent_liveness AS l SET last_seen_at = {}(l.last_seen_at, r.at), sequence_num = r.number
+             FROM {} r WHERE l.agent_id = r.id",
+            D::GREATEST,
+            rows::<D>(&columns)
+        );
+        Self::execute(tx, text, values).await
+    }
+
+    /// Replaces the indexed attributes of agents whose description changed.
+    async fn replace_attributes(
+        tx: &mut Transaction<'_, D>,
+        updates: &[&AgentUpdate],
+    ) -> Result<(), StoreError> {
+        let (mut agents, mut attributes) = (Vec::new(), Vec::new());
+        for update in updates {
+            let Some(described) = &update.documents.description else { continue };
+            agents.push(json!([update.agent]));
+            attributes
+                .extend(described.attributes.iter().map(|(key, value)| json!([update.agent, key, value])));
+        }
+        let rows_to_drop = rows::<D>(&[("id", Column::Uuid)]);
+        let text =
+            format!("DELETE FROM agent_attributes WHERE agent_id IN (SELECT r.id FROM {rows_to_drop} r)");
+        Self::execute(tx, text, agents).await?;
+        let columns = [("id", Column::Uuid), ("key", Column::Text), ("val", Column::Text)];
+        let text = format!(
+            "INSERT INTO agent_attributes (agent_id, key, value) SELECT r.id, r.key, r.val FROM {} r",
+            rows::<D>(&columns)
+        );
+        Self::execute(tx, text, attributes).await
+    }
+
+    /// The open rows among these connections or of these agents.
+    async fn open_rows(
+        tx: &mut Transaction<'_, D>,
+        by: &str,
+        keys: Vec<Value>,
+    ) -> Result<Vec<OpenRow>, StoreError> {
+        let rows = rows::<D>(&[("key", if by == "id" { Column::Integer } else { Column::Uuid })]);
+        let text = format!(
+            "SELECT c.id, c.agent_id, c.connected_at, c.transport, c.node_id, c.node_seq, c.created_at,
+                    n.ended_at IS NOT NULL AS node_gone
+             FROM agent_connection_history c LEFT JOIN nodes n ON n.id = c.node_id
+             WHERE c.disconnected_at IS NULL AND c.{by} IN (SELECT r.key FROM {rows} r)"
+        );
+        sqlx::query_as(sql(text)).bind(batch(keys)).fetch_all(&mut **tx).await.map_err(failure::<D>)
+    }
+
+    /// Ends connections; an end whose row was ended before changes nothing.
+    async fn update_connections(
+        tx: &mut Transaction<'_, D>,
+        ends: &[&ConnectionEnd],
+        agents: &mut HashMap<InstanceUid, LockedAgent>,
+    ) -> Result<HashMap<i64, Ended>, StoreError> {
+        let mut ended: HashMap<i64, Ended> =
+            ends.iter().map(|end| (end.connection_id, Ended::default())).collect();
+        if ends.is_empty() {
+            return Ok(ended);
+        }
+        let open =
+            Self::open_rows(tx, "id", ends.iter().map(|end| json!([end.connection_id])).collect()).await?;
+        let open: HashMap<i64, OpenRow> = open.into_iter().map(|row| (row.id, row)).collect();
+        let mut effects = Effects::default();
+        for end in ends {
+            let (Some(row), Some(agent)) = (open.get(&end.connection_id), agents.get_mut(&end.agent)) else {
+                continue;
+            };
+            let seen_since = end.unless_seen_after.is_some_and(|limit| agent.last_seen_at > Some(limit));
+            if seen_since {
+                continue;
+            }
+            let decided = RowEnd::new(row, end.reason, end.disconnected_at, end.disconnected_by);
+            effects.rows.push(decided.row(row.id));
+            let status = end_of_stay(end, &decided, agent, &mut effects);
+            ended.insert(row.id, Ended { duration_seconds: Some(decided.duration_seconds), status });
+        }
+        Self::store_ends(tx, effects).await?;
+        Ok(ended)
+    }
+
+    /// Writes the decided ends.
+    async fn store_ends(tx: &mut Transaction<'_, D>, effects: Effects) -> Result<(), StoreError> {
+        Self::end_rows(tx, effects.rows).await?;
+        let columns = [
+            ("id", Column::Uuid),
+            ("status", Column::Text),
+            ("changed", Column::Boolean),
+            ("known_at", Column::Moment),
+            ("disconnected_at", Column::Moment),
+            ("reason", Column::Text),
+            ("offline_at", Column::Moment),
+        ];
+        let text = format!(
+            "UPDATE agents AS a SET connection_id = NULL, status = r.status,
+                 status_since = CASE WHEN r.changed THEN r.known_at ELSE a.status_since END,
+                 stale_from = CASE WHEN r.status = 'offline' THEN r.known_at ELSE NULL END,
+                 retired_at = CASE WHEN r.status = 'retired' THEN r.known_at ELSE NULL END,
+                 offline_at = r.offline_at, last_disconnected_at = r.disconnected_at,
+                 disconnect_reason = r.reason, updated_at = {}(a.updated_at, r.known_at)
+             FROM {} r WHERE a.id = r.id",
+            D::GREATEST,
+            rows::<D>(&columns)
+        );
+        Self::execute(tx, text, effects.agents).await?;
+        Self::update_liveness(tx, effects.sightings.into_iter()).await?;
+        Self::write_log(tx, effects.log).await
+    }
+
+    /// Ends rows of the history.
+    async fn end_rows(tx: &mut Transaction<'_, D>, ends: Vec<Value>) -> Result<(), StoreError> {
+        let columns = [
+            ("id", Column::Integer),
+            ("at", Column::Moment),
+            ("known_by", Column::Moment),
+            ("seconds", Column::Integer),
+            ("reason", Column::Text),
+        ];
+        let text = format!(
+            "UPDATE agent_connection_history AS c SET disconnected_at = r.at, disconnected_by = r.known_by,
+                 duration_seconds = r.seconds, disconnect_reason = r.reason
+             FROM {} r WHERE c.id = r.id AND c.disconnected_at IS NULL",
+            rows::<D>(&columns)
+        );
+        Self::execute(tx, text, ends).await
+    }
+
+    /// Opens connections: ends open rows, inserts, sets the fence.
+    async fn create_connections(
+        tx: &mut Transaction<'_, D>,
+        news: &[&NewConnection],
+        agents: &HashMap<InstanceUid, LockedAgent>,
+    ) -> Result<HashMap<InstanceUid, Opened>, StoreError> {
+        if news.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let open =
+            Self::open_rows(tx, "agent_id", news.iter().map(|new| json!([new.agent])).collect()).await?;
+        let open: HashMap<InstanceUid, OpenRow> = open.into_iter().map(|row| (row.agent_id, row)).collect();
+        let newcomers: Vec<Newcomer<'_>> = news
+            .iter()
+            .filter_map(|new| {
+                let agent = agents.get(&new.agent)?;
+                Some(welcome(new, agent, open.get(&new.agent)))
+            })
+            .collect();
+        let displaced = newcomers.iter().filter_map(|n| n.displaced.map(|(id, end)| end.row(id)));
+        Self::end_rows(tx, displaced.collect()).await?;
+        let ids = Self::insert_rows(tx, &newcomers).await?;
+        let id_of = |newcomer: &Newcomer<'_>| {
+            newcomer.continues.map(|row| row.id).or_else(|| ids.get(&newcomer.new.agent).copied())
+        };
+        Self::set_fences(tx, &newcomers, &id_of).await?;
+        let log = newcomers.iter().filter_map(|n| {
+            let change = StatusChange { connection_id: id_of(n), ..n.status.clone()? };
+            Some(log_row(&change, n.at, Some(n.new.node_id)))
+        });
+        Self::write_log(tx, log.collect()).await?;
+        Ok(newcomers
+            .into_iter()
+            .filter_map(|newcomer| {
+                let connection_id = id_of(&newcomer)?;
+                let opened = Opened {
+                    connection_id,
+                    connected_at: newcomer.continues.map_or(newcomer.at, |row| row.connected_at),
+                    agent: newcomer.agent.known(),
+                    displaced: newcomer.displaced.map(|(connection_id, end)| Displaced {
+                        connection_id,
+                        reason: end.reason,
+                        duration_seconds: end.duration_seconds,
+                    }),
+                    status: newcomer
+                        .status
+                        .map(|change| StatusChange { connection_id: Some(connection_id), ..change }),
+                };
+                Some((newcomer.new.agent, opened))
+            })
+            .collect())
+    }
+
+    /// Inserts the rows of newcomers that do not go on with an open one; answers their ids.
+    async fn insert_rows(
+        tx: &mut Transaction<'_, D>,
+        newcomers: &[Newcomer<'_>],
+    ) -> Result<HashMap<InstanceUid, i64>, StoreError> {
+        let columns = [
+            ("agent_id", Column::Uuid),
+            ("connected_at", Column::Moment),
+            ("remote_addr", Column::Text),
+            ("transport", Column::Text),
+            ("node_id", Column::Uuid),
+            ("node_seq", Column::Integer),
+            ("created_at", Column::Moment),
+        ];
+        let names = columns.map(|(name, _)| name).join(", ");
+        let text = format!(
+            "INSERT INTO agent_connection_history ({names}) SELECT {names} FROM {} r RETURNING id, agent_id",
+            rows::<D>(&columns)
+        );
+        let values = newcomers.iter().filter(|newcomer| newcomer.continues.is_none()).map(|newcomer| {
+            let new = newcomer.new;
+            json!([
+                new.agent,
+                newcomer.at.as_micros(),
+                new.remote_addr,
+                new.transport.label(),
+                (new.transport == Transport::Websocket).then_some(new.node_id),
+                new.node_seq,
+                new.at.as_micros()
+            ])
+        });
+        let inserted: Vec<(i64, Uuid)> = sqlx::query_as(sql(text))
+            .bind(batch(values.collect()))
+            .fetch_all(&mut **tx)
+            .await
+            .map_err(failure::<D>)?;
+        Ok(inserted.into_iter().map(|(id, agent)| (agent.into(), id)).collect())
+    }
+
+    /// Makes the newcomers the ones whose writes count, and their agents online.
+    async fn set_fences(
+        tx: &mut Transaction<'_, D>,
+        newcomers: &[Newcomer<'_>],
+        id_of: &(impl Fn(&Newcomer<'_>) -> Option<i64> + Sync),
+    ) -> Result<(), StoreError> {
+        let columns = [
+            ("id", Column::Uuid),
+            ("connection_id", Column::Integer),
+            ("at", Column::Moment),
+            ("changed", Column::Boolean),
+            ("connected_at", Column::Moment),
+            ("disconnected_at", Column::Moment),
+            ("reason", Column::Text),
+        ];
+        let text = format!(
+            "UPDATE agents AS a SET connection_id = r.connection_id, status = 'online',
+                 status_since = CASE WHEN r.changed THEN r.at ELSE a.status_since END,
+                 offline_at = NULL, stale_from = NULL, retired_at = NULL,
+                 last_connected_at = coalesce(r.connected_at, a.last_connected_at),
+                 last_disconnected_at = coalesce(r.disconnected_at, a.last_disconnected_at),
+                 disconnect_reason = coalesce(r.reason, a.disconnect_reason),
+                 updated_at = {}(a.updated_at, r.at)
+             FROM {} r WHERE a.id = r.id",
+            D::GREATEST,
+            rows::<D>(&columns)
+        );
+        let values = newcomers.iter().map(|newcomer| {
+            let ended = newcomer.displaced.map(|(_, end)| end);
+            json!([
+                newcomer.new.agent,
+                id_of(newcomer),
+                newcomer.at.as_micros(),
+                newcomer.status.is_some(),
+                newcomer.continues.is_none().then_some(newcomer.at.as_micros()),
+                ended.map(|end| end.at.as_micros()),
+                ended.map(|end| end.reason.label())
+            ])
+        });
+        Self::execute(tx, text, values.collect()).await?;
+        let text = format!(
+            "INSERT INTO agent_liveness (agent_id, connection_id, last_seen_at)
+             SELECT r.id, r.connection_id, r.at FROM {} r WHERE true
+             ON CONFLICT (agent_id) DO UPDATE SET connection_id = excluded.connection_id,
+                 last_seen_at = {}(agent_liveness.last_seen_at, excluded.last_seen_at)",
+            rows::<D>(&[("id", Column::Uuid), ("connection_id", Column::Integer), ("at", Column::Moment)]),
+            D::GREATEST
+        );
+        let seen = newcomers.iter().map(|n| json!([n.new.agent, id_of(n), n.at.as_micros()]));
+        Self::execute(tx, text, seen.collect()).await
+    }
+}
+
+/// What the end of the connection that holds the fence makes of its agent.
+fn end_of_stay(
+    end: &ConnectionEnd,
+    decided: &RowEnd,
+    agent: &mut LockedAgent,
+    effects: &mut Effects,
+) -> Option<StatusChange> {
+    if agent.connection_id != Some(end.connection_id) {
+        return None;
+    }
+    let to = if end.reason == CloseReason::UidReassigned {
+        Status::Retired
+    } else if end.reason.cause() == Cause::Agent {
+        Status::Offline
+    } else {
+        agent.status
+    };
+    let change = (to != agent.status).then(|| StatusChange {
+        agent: end.agent,
+        from: Some(agent.status),
+        to,
+        reason: end.reason.label().to_owned(),
+        connection_id: Some(end.connection_id),
+    });
+    let at = decided.known_at();
+    let offline_at = end.offline_at.filter(|_| to == Status::Online);
+    effects.log.extend(change.iter().map(|change| log_row(change, at, Some(end.node_id))));
+    effects.sightings.push((end.agent, end.last_seen_at, end.sequence_num));
+    effects.agents.push(json!([
+        end.agent,
+        to.label(),
+        change.is_some(),
+        at.as_micros(),
+        decided.at.as_micros(),
+        end.reason.label(),
+        offline_at.map(Moment::as_micros)
+    ]));
+    agent.status = to;
+    agent.connection_id = None;
+    agent.updated_at = agent.updated_at.max(at);
+    agent.last_seen_at = agent.last_seen_at.max(Some(end.last_seen_at));
+    agent.sequence_num = stored_number(end.sequence_num);
+    change
+}
+
+/// A newcomer as decided, before its row exists.
+struct Newcomer<'a> {
+    new: &'a NewConnection,
+    agent: &'a LockedAgent,
+    /// Its first report, not before anything on record.
+    at: Moment,
+    displaced: Option<(i64, RowEnd)>,
+    /// The open row with which it goes on.
+    continues: Option<OpenRow>,
+    status: Option<StatusChange>,
+}
+
+/// Decides what a newcomer does to what is on record.
+fn welcome<'a>(new: &'a NewConnection, agent: &'a LockedAgent, open: Option<&OpenRow>) -> Newcomer<'a> {
+    // Whatever is on record for this agent came before.
+    let at = agent.updated_at.max(new.at);
+    let displaced = open.and_then(|row| Some((row.id, displacement(row, agent, new, at)?)));
+    let continues = open.copied().filter(|_| displaced.is_none());
+    let at = displaced.map_or(at, |(_, end)| at.max(end.at));
+    let first = agent.last_connected_at.is_none();
+    let status = (first || agent.status != Status::Online).then(|| StatusChange {
+        agent: new.agent,
+        from: (!first).then_some(agent.status),
+        to: Status::Online,
+        reason: if first { "first_report" } else { "returned" }.to_owned(),
+        connection_id: None,
+    });
+    Newcomer { new, agent, at, displaced, continues, status }
+}

@@ -1,0 +1,229 @@
+//! Who may connect, how many at once, and when to come back.
+//!
+//! Refusals are answers to the HTTP request, before any upgrade: once upgraded and closed, real
+//! agents redial at once and without delay.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use hyper::StatusCode;
+use hyper::header::{self, HeaderMap, HeaderValue};
+use subtle::ConstantTimeEq;
+
+use super::{Answer, text};
+use crate::config::Secret;
+use crate::metrics::Refused;
+use crate::pulse::Link;
+
+/// Seconds after which a refused agent may come back: spread, so that they do not come at once.
+const COME_BACK: std::ops::RangeInclusive<u32> = 30..=60;
+
+/// Why a request is not admitted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Denied {
+    /// It shows no token.
+    TokenRequired,
+    /// It shows a wrong one.
+    InvalidToken,
+    /// The server is stopping.
+    Closed,
+    /// As many links as allowed are open.
+    Full,
+}
+
+impl Denied {
+    /// What the refusal is counted as.
+    pub(super) fn cause(self) -> Refused {
+        match self {
+            Self::TokenRequired | Self::InvalidToken => Refused::Unauthorized,
+            Self::Closed => Refused::Draining,
+            Self::Full => Refused::Connections,
+        }
+    }
+
+    /// What the peer is answered.
+    pub(super) fn answer(self) -> Answer {
+        match self {
+            Self::TokenRequired => {
+                unauthorized("agent_token_required", "show the agents' token: Authorization: Bearer <token>")
+            }
+            Self::InvalidToken => {
+                unauthorized("invalid_agent_token", "the token is not the one this server was started with")
+            }
+            Self::Closed | Self::Full => come_back_later(),
+        }
+    }
+}
+
+/// What the agents' listener allows.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// The path agents connect at.
+    pub path: String,
+    /// What agents show; none = everybody may connect.
+    pub token: Option<Secret>,
+    /// The most WebSockets open at once.
+    pub max_connections: usize,
+    /// The largest message in bytes, also unpacked.
+    pub max_message_size: usize,
+    /// The most agents on one link.
+    pub max_per_link: usize,
+}
+
+/// The gate of the agents' listener.
+#[derive(Debug)]
+pub struct Admission {
+    limits: Limits,
+    closed: AtomicBool,
+    /// The open links, to wake them when the server stops.
+    links: Mutex<Links>,
+}
+
+#[derive(Debug, Default)]
+struct Links {
+    next: u64,
+    open: HashMap<u64, Arc<Link>>,
+}
+
+/// A place among the open links, given back when dropped.
+#[derive(Debug)]
+pub(super) struct Place {
+    admission: Arc<Admission>,
+    number: u64,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.admission.links().open.remove(&self.number);
+    }
+}
+
+impl Admission {
+    /// An open gate.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self { limits, closed: AtomicBool::new(false), links: Mutex::default() }
+    }
+
+    /// What is allowed.
+    #[must_use]
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// How many links are open.
+    #[must_use]
+    pub fn open_links(&self) -> usize {
+        self.links().open.len()
+    }
+
+    /// Admits nobody from now on.
+    pub fn close(&self) {
+        self.closed.store(true, Ordering::Relaxed);
+    }
+
+    /// Tells links that carry no agent to close.
+    pub fn dismiss(&self) {
+        let links: Vec<Arc<Link>> = self.links().open.values().cloned().collect();
+        for link in links {
+            link.dismiss();
+        }
+    }
+
+    fn links(&self) -> std::sync::MutexGuard<'_, Links> {
+        self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Refuses while the gate is closed.
+    pub(super) fn admit(&self) -> Result<(), Denied> {
+        if self.closed.load(Ordering::Relaxed) { Err(Denied::Closed) } else { Ok(()) }
+    }
+
+    /// Takes a place among the open links, as long as there is one.
+    pub(super) fn take_place(admission: &Arc<Self>, link: &Arc<Link>) -> Result<Place, Denied> {
+        let mut links = admission.links();
+        if links.open.len() >= admission.limits.max_connections {
+            return Err(Denied::Full);
+        }
+        let number = links.next;
+        links.next += 1;
+        links.open.insert(number, Arc::clone(link));
+        Ok(Place { admission: Arc::clone(admission), number })
+    }
+
+    /// Refuses a request without the token, in constant time (S-022, S-023).
+    pub(super) fn authorize(&self, headers: &HeaderMap) -> Result<(), Denied> {
+        let Some(token) = &self.limits.token else { return Ok(()) };
+        let shown = shown_token(headers).ok_or(Denied::TokenRequired)?;
+        if bool::from(shown.ct_eq(token.expose().as_bytes())) { Ok(()) } else { Err(Denied::InvalidToken) }
+    }
+}
+
+/// The token of a request: `Authorization: Bearer …` or `Secret-Key: …`.
+fn shown_token(headers: &HeaderMap) -> Option<&[u8]> {
+    if let Some(key) = headers.get("secret-key") {
+        return Some(key.as_bytes());
+    }
+    let (scheme, token) = headers.get(header::AUTHORIZATION)?.as_bytes().split_at_checked(7)?;
+    scheme.eq_ignore_ascii_case(b"bearer ").then(|| token.trim_ascii())
+}
+
+fn unauthorized(error: &str, message: &str) -> Answer {
+    let body = serde_json::json!({ "error": error, "message": message }).to_string();
+    let mut answer = text(StatusCode::UNAUTHORIZED, &body);
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    answer.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+    answer
+}
+
+/// 503 with the moment to come back (S-138).
+pub(super) fn come_back_later() -> Answer {
+    let mut answer = text(StatusCode::SERVICE_UNAVAILABLE, "the server admits no agents now\n");
+    answer.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(fastrand::u32(COME_BACK)));
+    answer
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn gate(max_connections: usize) -> Arc<Admission> {
+        Arc::new(Admission::new(Limits {
+            path: "/v1/opamp".to_owned(),
+            token: Some(Secret::from("123456".to_owned())),
+            max_connections,
+            max_message_size: 1,
+            max_per_link: 1,
+        }))
+    }
+
+    fn status(name: &'static str, value: &'static str) -> u16 {
+        let headers =
+            HeaderMap::from_iter([(header::HeaderName::from_static(name), HeaderValue::from_static(value))]);
+        gate(1).authorize(&headers).map_or_else(|denied| denied.answer().status().as_u16(), |()| 200)
+    }
+
+    #[test]
+    fn s_023_the_token_comes_as_bearer_or_secret_key() {
+        assert_eq!(status("authorization", "Bearer 123456"), 200);
+        assert_eq!(status("authorization", "bearer  123456"), 200);
+        assert_eq!(status("secret-key", "123456"), 200);
+        assert_eq!(status("authorization", "Bearer 12345"), 401);
+        assert_eq!(status("authorization", "Basic 123456"), 401);
+        assert_eq!(status("authorization", "B"), 401);
+        assert_eq!(status("accept", "*/*"), 401);
+    }
+
+    #[test]
+    fn a_place_is_given_back() {
+        let (gate, link) = (gate(1), Arc::new(Link::default()));
+        let place = Admission::take_place(&gate, &link).unwrap();
+        let refusal = Admission::take_place(&gate, &link).unwrap_err().answer();
+        assert_eq!(refusal.status(), StatusCode::SERVICE_UNAVAILABLE);
+        let seconds: u32 = refusal.headers()[header::RETRY_AFTER].to_str().unwrap().parse().unwrap();
+        assert!(COME_BACK.contains(&seconds));
+        drop(place);
+        assert!(Admission::take_place(&gate, &link).is_ok());
+    }
+}

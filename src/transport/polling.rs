@@ -1,0 +1,233 @@
+//! Plain HTTP: one POST is one exchange through the same session as over WebSocket.
+//!
+//! Promises: a report that can be read is answered with 200 and one offer, also where the offer is
+//! an error; passing trouble is 503, because agents drop the message on every other status; a body
+//! that is too large is read and thrown away, so that the sender sees the answer.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::body::{Body, Incoming};
+use hyper::header::{self, HeaderMap, HeaderValue};
+use hyper::{Request, Response, StatusCode};
+
+use super::admission::{Limits, come_back_later};
+use super::{Answer, PROTOBUF, text};
+use crate::agent::Sender;
+use crate::agent::offer::Refusal;
+use crate::metrics::DecodeFailure;
+use crate::pulse::Link;
+use crate::session::{Exchanged, Origin, Services, exchange, introduce, reject, sender};
+use crate::store::Transport;
+use crate::wire::{self, WireError};
+
+/// How long a body may take from its first byte.
+const BODY: Duration = Duration::from_secs(30);
+
+/// How long the rest of a body that is refused is read.
+const DISCARD: Duration = Duration::from_secs(5);
+
+/// Answers one poll.
+pub(super) async fn poll(
+    services: &Arc<Services>,
+    limits: &Limits,
+    request: Request<Incoming>,
+    peer: SocketAddr,
+) -> Answer {
+    let (head, body) = request.into_parts();
+    let packed = match encoding(&head.headers) {
+        Ok(packed) => packed,
+        Err(unknown) => {
+            discard(body, limits.max_message_size).await;
+            return text(
+                StatusCode::UNSUPPORTED_MEDIA_TYPE,
+                &format!("unknown Content-Encoding: {unknown}\n"),
+            );
+        }
+    };
+    let body = match read(body, limits.max_message_size).await {
+        Ok(body) => body,
+        Err(unread) => {
+            if unread == Unread::TooLarge {
+                services.metrics.decode_failures.of(DecodeFailure::TooLarge).increment(1);
+            }
+            return unread.answer(limits.max_message_size);
+        }
+    };
+    let body = if packed { wire::gunzip(&body, limits.max_message_size) } else { Ok(body) };
+    let body = match body {
+        Ok(body) => body,
+        Err(WireError::TooLarge { limit }) => {
+            services.metrics.decode_failures.of(DecodeFailure::TooLarge).increment(1);
+            return too_large(limit);
+        }
+        Err(_) => {
+            services.metrics.decode_failures.of(DecodeFailure::Gzip).increment(1);
+            return text(StatusCode::BAD_REQUEST, "the body is not valid gzip\n");
+        }
+    };
+    let exchanged = exchanged(services, &body, peer).await;
+    if matches!(exchanged.refusal, Some(Refusal::Unavailable { .. })) {
+        return come_back_later();
+    }
+    respond(&exchanged, &head.headers)
+}
+
+/// Takes the report in `body` through the session of its agent.
+async fn exchanged(services: &Arc<Services>, body: &[u8], peer: SocketAddr) -> Exchanged {
+    let report = match wire::decode_body(body) {
+        Ok(report) => report,
+        Err(error) => {
+            services.metrics.decode_failures.of(DecodeFailure::Protobuf).increment(1);
+            return reject(services, &[], Refusal::BadRequest(error.to_string()));
+        }
+    };
+    let agent = match sender(services, &report) {
+        Ok(Sender::Agent(agent)) => agent,
+        Ok(Sender::Anonymous) => return introduce(services, &report).await,
+        Err(exchanged) => return *exchanged,
+    };
+    let origin = Origin {
+        transport: Transport::Http,
+        remote_addr: peer,
+        link: Arc::new(Link::heard_at(services.clock.tick())),
+    };
+    let seat = services.hub.seat(agent);
+    let mut session = seat.lock().await;
+    let exchanged = exchange(services, &mut session, &origin, agent, &report, body).await;
+    if session.is_some() {
+        services.hub.keep_seat(agent, &seat);
+    } else {
+        services.hub.free_seat(agent);
+    }
+    exchanged
+}
+
+/// True for gzip, false for none; the error is an encoding nobody knows.
+fn encoding(headers: &HeaderMap) -> Result<bool, String> {
+    let name = headers.get(header::CONTENT_ENCODING).map(|value| String::from_utf8_lossy(value.as_bytes()));
+    match name.as_deref().map(str::trim) {
+        None => Ok(false),
+        Some(name) if name.eq_ignore_ascii_case("identity") || name.is_empty() => Ok(false),
+        Some(name) if name.eq_ignore_ascii_case("gzip") => Ok(true),
+        Some(name) => Err(name.to_owned()),
+    }
+}
+
+/// Why a body was not read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unread {
+    TooLarge,
+    BrokenOff,
+    TooSlow,
+}
+
+impl Unread {
+    fn answer(self, limit: usize) -> Answer {
+        match self {
+            Self::TooLarge => too_large(limit),
+            Self::BrokenOff => text(StatusCode::BAD_REQUEST, "the body broke off\n"),
+            Self::TooSlow => text(StatusCode::REQUEST_TIMEOUT, "the body did not come in time\n"),
+        }
+    }
+}
+
+/// Reads a body of at most `limit` bytes.
+async fn read(mut body: Incoming, limit: usize) -> Result<Vec<u8>, Unread> {
+    let announced = usize::try_from(body.size_hint().exact().unwrap_or_default()).unwrap_or(usize::MAX);
+    if announced > limit {
+        discard(body, limit).await;
+        return Err(Unread::TooLarge);
+    }
+    let mut bytes = Vec::with_capacity(announced);
+    let reading = async {
+        while let Some(frame) = body.frame().await {
+            let Ok(data) = frame.map_err(|_| Unread::BrokenOff)?.into_data() else { continue };
+            if bytes.len() + data.len() > limit {
+                return Err(Unread::TooLarge);
+            }
+            bytes.extend_from_slice(&data);
+        }
+        Ok(())
+    };
+    match tokio::time::timeout(BODY, reading).await {
+        Ok(Ok(())) => Ok(bytes),
+        Ok(Err(Unread::TooLarge)) => {
+            discard(body, limit).await;
+            Err(Unread::TooLarge)
+        }
+        Ok(Err(unread)) => Err(unread),
+        Err(_elapsed) => Err(Unread::TooSlow),
+    }
+}
+
+/// Reads the rest of a refused body and throws it away, within reason, so that the sender sees the answer.
+async fn discard(mut body: Incoming, limit: usize) {
+    let discarding = async {
+        let mut discarded = 0;
+        while let Some(Ok(frame)) = body.frame().await {
+            discarded += frame.data_ref().map_or(0, Bytes::len);
+            if discarded > limit.saturating_mul(2) {
+                return;
+            }
+        }
+    };
+    let _best_effort = tokio::time::timeout(DISCARD, discarding).await;
+}
+
+fn too_large(limit: usize) -> Answer {
+    text(StatusCode::PAYLOAD_TOO_LARGE, &format!("the message is larger than {limit} bytes\n"))
+}
+
+/// 200 with the offer, packed where the agent takes it (S-016, S-017).
+fn respond(exchanged: &Exchanged, request: &HeaderMap) -> Answer {
+    let body = wire::encode_body(&exchanged.offer);
+    let packed = takes_gzip(request).then(|| wire::gzip(&body)).flatten();
+    let is_packed = packed.is_some();
+    let mut answer = Response::new(Full::from(packed.unwrap_or(body)));
+    answer.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(PROTOBUF));
+    if is_packed {
+        answer.headers_mut().insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+    }
+    answer
+}
+
+/// True where the request's `Accept-Encoding` allows gzip.
+fn takes_gzip(headers: &HeaderMap) -> bool {
+    let values = headers.get_all(header::ACCEPT_ENCODING).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).any(|coding| {
+        let mut parts = coding.split(';').map(str::trim);
+        let name = parts.next().unwrap_or_default();
+        let refused = parts.any(|part| {
+            part.strip_prefix("q=").and_then(|q| q.trim().parse::<f32>().ok()).is_some_and(|q| q <= 0.0)
+        });
+        !refused && (name.eq_ignore_ascii_case("gzip") || name == "*")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn headers(name: header::HeaderName, value: &'static str) -> HeaderMap {
+        HeaderMap::from_iter([(name, HeaderValue::from_static(value))])
+    }
+
+    #[test]
+    fn s_015_gzip_and_plain_bodies_are_taken_and_r_030_others_are_not() {
+        assert_eq!(encoding(&HeaderMap::new()), Ok(false));
+        assert_eq!(encoding(&headers(header::CONTENT_ENCODING, "GZIP")), Ok(true));
+        assert_eq!(encoding(&headers(header::CONTENT_ENCODING, "br")), Err("br".to_owned()));
+    }
+
+    #[test]
+    fn s_016_the_answer_is_packed_where_accept_encoding_allows() {
+        assert!(takes_gzip(&headers(header::ACCEPT_ENCODING, "deflate, gzip;q=0.5")));
+        assert!(takes_gzip(&headers(header::ACCEPT_ENCODING, "*")));
+        assert!(!takes_gzip(&headers(header::ACCEPT_ENCODING, "gzip;q=0, br")));
+        assert!(!takes_gzip(&HeaderMap::new()));
+    }
+}

@@ -1,0 +1,410 @@
+//! One WebSocket, one task, one `select!`: frames in, offers out, a timer for pings.
+//!
+//! A link may carry several agents, each with a session of its own. Promises: an end the server
+//! causes is on record before its Close frame is sent; a peer that does not read blocks nobody but
+//! itself. It must not know what a report means or what the store does.
+
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{SinkExt, StreamExt};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::Sleep;
+use tokio_tungstenite::WebSocketStream;
+use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
+use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Message, Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::{Bytes, Error};
+
+use super::admission::{Admission, Place};
+use super::io::Metered;
+use crate::agent::offer::Refusal;
+use crate::agent::{InstanceUid, Sender};
+use crate::clock::Tick;
+use crate::close::CloseReason;
+use crate::history::{EndTicket, Noticed};
+use crate::metrics::{DecodeFailure, Refused};
+use crate::proto::{AgentToServer, ServerToAgent};
+use crate::pulse::Link;
+use crate::session::{Exchanged, Origin, Services, Session, exchange, introduce, reject, sender};
+use crate::store::Transport;
+use crate::wire::{self, WireError};
+
+/// The read buffer of a link in bytes: what an idle agent costs, see the crate's measurements.
+const READ_BUFFER: usize = 1 << 10;
+
+/// How long a link may carry no agent.
+const LONELY: Duration = Duration::from_secs(10);
+
+/// How long to wait for the peer's Close frame.
+const CLOSING: Duration = Duration::from_secs(5);
+
+/// Malformed messages in a row after which a link is closed.
+const MALFORMED_LIMIT: u32 = 5;
+
+/// The task of an upgraded connection; `None` where the upgrade was not of this listener.
+pub(super) async fn link(
+    services: Arc<Services>,
+    admission: Arc<Admission>,
+    place: Place,
+    upgraded: Upgraded,
+    peer: SocketAddr,
+    link: Arc<Link>,
+) -> Option<impl Future<Output = ()> + Send + 'static> {
+    let parts = upgraded.downcast::<TokioIo<Metered>>().ok()?;
+    let limit = Some(admission.limits().max_message_size);
+    let config = WebSocketConfig::default()
+        .read_buffer_size(READ_BUFFER)
+        .write_buffer_size(0)
+        .max_message_size(limit)
+        .max_frame_size(limit);
+    let socket = parts.io.into_inner();
+    let socket = if parts.read_buf.is_empty() {
+        WebSocketStream::from_raw_socket(socket, Role::Server, Some(config)).await
+    } else {
+        WebSocketStream::from_partially_read(socket, parts.read_buf.to_vec(), Role::Server, Some(config))
+            .await
+    };
+    let lonely_since = Some(services.clock.tick());
+    let agents = Agents {
+        services,
+        admission,
+        origin: Origin { transport: Transport::Websocket, remote_addr: peer, link },
+        sessions: Vec::with_capacity(1),
+        speaker: None,
+        malformed: 0,
+        lonely_since,
+    };
+    // In a box, because a future keeps every argument twice: this is what an idle agent costs.
+    Some(Box::new(LinkTask { socket, agents, _place: place }).run())
+}
+
+/// Why a link ends.
+#[derive(Clone, Copy, Debug)]
+enum End {
+    /// Close with this reason: the server's, or the offending frame's.
+    Close(CloseReason),
+    /// A text message: close with 1003.
+    Text,
+    /// Nobody is on it: close it quietly.
+    Lonely,
+    /// The peer sent Close.
+    ClosedByPeer,
+    /// The transport broke, as seen by reading.
+    Broken,
+    /// The transport broke, as seen by writing: nobody knows when.
+    Unwritable,
+}
+
+/// A socket and the agents on it.
+struct LinkTask<S> {
+    socket: WebSocketStream<S>,
+    agents: Agents,
+    _place: Place,
+}
+
+/// The agents on a link.
+struct Agents {
+    services: Arc<Services>,
+    admission: Arc<Admission>,
+    origin: Origin,
+    /// Sorted by uid.
+    sessions: Vec<(InstanceUid, Option<Session>)>,
+    /// Who spoke last: a protocol error is theirs.
+    speaker: Option<InstanceUid>,
+    /// Malformed messages in a row.
+    malformed: u32,
+    /// Since when nobody is on the link.
+    lonely_since: Option<Tick>,
+}
+
+/// What to do about a message.
+enum Take {
+    /// Send this frame: it answers a mere sign of life, or what is no report.
+    Answer(Vec<u8>),
+    /// The report wants more than a look at its session.
+    Process(Box<AgentToServer>),
+}
+
+impl<S> LinkTask<S>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
+    async fn run(mut self: Box<Self>) {
+        let metrics = Arc::clone(&self.agents.services.metrics);
+        metrics.links_open.increment(1.0);
+        let end = self.converse().await;
+        Box::pin(self.finish(end)).await;
+        metrics.links_open.decrement(1.0);
+    }
+
+    async fn converse(&mut self) -> End {
+        let mut timer = Box::pin(tokio::time::sleep(LONELY.min(self.agents.patience())));
+        loop {
+            let step = tokio::select! {
+                biased;
+                () = self.agents.origin.link.woken() => self.agents.look_around(),
+                frame = self.socket.next() => match frame {
+                    Some(Ok(Message::Binary(bytes))) => self.on_message(bytes).await,
+                    other => self.agents.on_other(other),
+                },
+                () = &mut timer => match self.agents.on_timer(timer.as_mut()) {
+                    Ok(true) => self.send(Message::Ping(Bytes::new())).await,
+                    Ok(false) => Ok(()),
+                    Err(end) => Err(end),
+                },
+            };
+            if let Err(end) = step {
+                return end;
+            }
+        }
+    }
+
+    /// Answers one message. A mere sign of life is answered on the spot.
+    async fn on_message(&mut self, bytes: Bytes) -> Result<(), End> {
+        let frame = match self.agents.take(&bytes) {
+            Take::Answer(frame) => frame,
+            Take::Process(report) => wire::encode_frame(&Box::pin(self.agents.process(report, &bytes)).await),
+        };
+        drop(bytes);
+        self.send(Message::Binary(frame.into())).await?;
+        self.agents.note_company();
+        if self.agents.malformed >= MALFORMED_LIMIT {
+            return Err(End::Close(CloseReason::ProtocolError));
+        }
+        // A session that a newer connection displaced meanwhile must not speak again.
+        self.agents.look_around()
+    }
+
+    /// Sends a message; gives up when the monitor has ended everybody on the link.
+    async fn send(&mut self, message: Message) -> Result<(), End> {
+        let agents = &mut self.agents;
+        agents.origin.link.set_writing(true);
+        let mut sending = self.socket.send(message);
+        let result = loop {
+            tokio::select! {
+                biased;
+                sent = &mut sending => break sent.map_err(|_| End::Unwritable),
+                () = agents.origin.link.woken() => agents.look_around()?,
+            }
+        };
+        agents.origin.link.set_writing(false);
+        result
+    }
+
+    /// Ends what is still open, puts it on record, and then closes the socket as the end demands.
+    async fn finish(mut self: Box<Self>, end: End) {
+        for ticket in self.agents.end(end) {
+            ticket.recorded().await;
+        }
+        let frame = match end {
+            End::Close(reason) => Some((reason.code(), reason.label())),
+            End::Text => Some((1003, "OpAMP messages are binary")),
+            End::Lonely => Some((1000, "no agent on this link")),
+            End::ClosedByPeer => None,
+            End::Broken | End::Unwritable => return,
+        };
+        let _peer_may_be_gone = tokio::time::timeout(CLOSING, close(&mut self.socket, frame)).await;
+    }
+}
+
+impl Agents {
+    /// Lets go of sessions that were ended elsewhere; a link that lost its last one that way ends.
+    fn look_around(&mut self) -> Result<(), End> {
+        let mut reason = None;
+        self.sessions.retain(|(_, session)| {
+            let connection = session.as_ref().map(Session::connection);
+            let recorded = connection.filter(|connection| connection.is_recorded());
+            reason = reason.or(recorded.and_then(|connection| connection.ended()));
+            recorded.is_none()
+        });
+        match reason {
+            Some(reason) if self.sessions.is_empty() => Err(End::Close(reason)),
+            _ if self.sessions.is_empty() && self.origin.link.is_dismissed() => {
+                Err(End::Close(CloseReason::ServerShutdown))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Takes whatever is not a binary message.
+    fn on_other(&self, frame: Option<Result<Message, Error>>) -> Result<(), End> {
+        match frame {
+            Some(Ok(Message::Text(_))) => {
+                self.services.metrics.decode_failures.of(DecodeFailure::Text).increment(1);
+                Err(End::Text)
+            }
+            Some(Ok(Message::Binary(_) | Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => Ok(()),
+            Some(Ok(Message::Close(_))) => Err(End::ClosedByPeer),
+            Some(Err(error)) => Err(self.on_error(&error)),
+            None => Err(End::Broken),
+        }
+    }
+
+    fn on_error(&self, error: &Error) -> End {
+        let failures = &self.services.metrics.decode_failures;
+        match error {
+            Error::Capacity(CapacityError::MessageTooLong { .. }) => {
+                failures.of(DecodeFailure::TooLarge).increment(1);
+                End::Close(CloseReason::MessageTooLarge)
+            }
+            Error::Protocol(ProtocolError::ResetWithoutClosingHandshake)
+            | Error::Io(_)
+            | Error::ConnectionClosed
+            | Error::AlreadyClosed => End::Broken,
+            Error::Utf8(_) => {
+                failures.of(DecodeFailure::Text).increment(1);
+                End::Text
+            }
+            Error::Protocol(_)
+            | Error::Capacity(_)
+            | Error::WriteBufferFull(_)
+            | Error::AttackAttempt
+            | Error::Tls(_)
+            | Error::Url(_)
+            | Error::Http(_)
+            | Error::HttpFormat(_) => {
+                failures.of(DecodeFailure::Frame).increment(1);
+                End::Close(CloseReason::ProtocolError)
+            }
+        }
+    }
+
+    /// Looks at a message without waiting for anything.
+    fn take(&mut self, bytes: &Bytes) -> Take {
+        let report = match wire::decode_frame(bytes) {
+            Ok(report) => report,
+            Err(error) => return Take::Answer(wire::encode_frame(&self.malformed(&error))),
+        };
+        self.malformed = 0;
+        if let Ok(Sender::Agent(agent)) = Sender::of(&report)
+            && let Ok(index) = self.sessions.binary_search_by_key(&agent, |(uid, _)| *uid)
+            && let Some((_, Some(session))) = self.sessions.get_mut(index)
+            && let Some(offer) = session.beat(&report, bytes)
+        {
+            self.speaker = Some(agent);
+            return Take::Answer(wire::encode_frame(&offer));
+        }
+        Take::Process(Box::new(report))
+    }
+
+    /// Takes a report through the session of its agent, which its first report opens.
+    async fn process(&mut self, report: Box<AgentToServer>, bytes: &Bytes) -> ServerToAgent {
+        let agent = match sender(&self.services, &report) {
+            Ok(Sender::Agent(agent)) => agent,
+            Ok(Sender::Anonymous) => return introduce(&self.services, &report).await.offer,
+            Err(exchanged) => return exchanged.offer,
+        };
+        self.speaker = Some(agent);
+        let index = match self.sessions.binary_search_by_key(&agent, |(uid, _)| *uid) {
+            Ok(index) => index,
+            Err(_) if self.sessions.len() >= self.admission.limits().max_per_link => {
+                self.services.metrics.refused.of(Refused::PerLink).increment(1);
+                return reject(&self.services, &report.instance_uid, full_link()).offer;
+            }
+            Err(index) => {
+                self.sessions.insert(index, (agent, None));
+                index
+            }
+        };
+        let slot = &mut self.sessions[index].1;
+        let Exchanged { offer, .. } =
+            exchange(&self.services, slot, &self.origin, agent, &report, bytes).await;
+        if slot.is_none() {
+            self.sessions.remove(index);
+        }
+        offer
+    }
+
+    /// Answers what is no report; the sequence state stays as it is, so that the next good one shows the gap.
+    fn malformed(&mut self, error: &WireError) -> ServerToAgent {
+        self.malformed += 1;
+        let cause = match error {
+            WireError::HeaderMissing | WireError::HeaderNotZero => DecodeFailure::Header,
+            WireError::Protobuf(_) | WireError::Gzip => DecodeFailure::Protobuf,
+            WireError::TooLarge { .. } => DecodeFailure::TooLarge,
+        };
+        self.services.metrics.decode_failures.of(cause).increment(1);
+        let uid = match self.sessions.as_slice() {
+            [(only, _)] => only.as_bytes().to_vec(),
+            _ => Vec::new(),
+        };
+        reject(&self.services, &uid, Refusal::BadRequest(error.to_string())).offer
+    }
+
+    /// Notes since when nobody is on the link.
+    fn note_company(&mut self) {
+        if !self.sessions.is_empty() {
+            self.lonely_since = None;
+        } else if self.lonely_since.is_none() {
+            self.lonely_since = Some(self.services.clock.tick());
+        }
+    }
+
+    /// True where it is time to ping: a link that was silent for a while, then every third of that.
+    fn on_timer(&self, timer: Pin<&mut Sleep>) -> Result<bool, End> {
+        let clock = &self.services.clock;
+        let now = clock.tick();
+        let patience = self.patience();
+        if let Some(since) = self.lonely_since {
+            timer.reset(clock.instant(since.after(LONELY).min(now.after(patience))));
+            return if now.since(since) >= LONELY { Err(End::Lonely) } else { Ok(false) };
+        }
+        let due = self.origin.link.last_byte().after(patience);
+        let ping = now >= due;
+        timer.reset(clock.instant(if ping { now.after(patience / 3) } else { due }));
+        Ok(ping)
+    }
+
+    /// How long a link may be silent before it is pinged: three fifths of the time-out.
+    fn patience(&self) -> Duration {
+        self.services.history.expected().timeout / 5 * 3
+    }
+
+    /// Ends the connections that are still open; answers what to wait for until that is on record.
+    fn end(&mut self, end: End) -> Vec<EndTicket> {
+        let (reason, noticed) = match end {
+            End::Close(reason @ (CloseReason::ProtocolError | CloseReason::MessageTooLarge)) => {
+                (reason, Noticed::Seen)
+            }
+            End::Close(reason) => (reason, Noticed::Concluded),
+            End::Text => (CloseReason::ProtocolError, Noticed::Seen),
+            End::ClosedByPeer => (CloseReason::ClosedByAgent, Noticed::Seen),
+            End::Lonely | End::Broken => (CloseReason::ConnectionLost, Noticed::Seen),
+            End::Unwritable => (CloseReason::ConnectionLost, Noticed::Concluded),
+        };
+        let offence = matches!(reason, CloseReason::ProtocolError | CloseReason::MessageTooLarge);
+        let shared = self.sessions.len() > 1;
+        let mut tickets = Vec::new();
+        for (agent, session) in self.sessions.drain(..) {
+            // One agent's offence on a shared link is not the others': for them the server hangs up.
+            let bystander = offence && shared && self.speaker != Some(agent);
+            let (reason, noticed) =
+                if bystander { (CloseReason::InternalError, Noticed::Concluded) } else { (reason, noticed) };
+            tickets.extend(session.and_then(|session| session.end(reason, noticed)));
+        }
+        tickets
+    }
+}
+
+/// Sends the Close frame, or answers the peer's, and waits for the other side (S-063).
+async fn close<S>(socket: &mut WebSocketStream<S>, frame: Option<(u16, &'static str)>) -> Result<(), Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send,
+{
+    match frame {
+        Some((code, reason)) => {
+            socket.close(Some(CloseFrame { code: code.into(), reason: reason.into() })).await?;
+        }
+        None => socket.flush().await?,
+    }
+    while socket.next().await.transpose()?.is_some() {}
+    Ok(())
+}
+
+fn full_link() -> Refusal {
+    Refusal::Unavailable { retry_after_seconds: 30 }
+}

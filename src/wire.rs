@@ -1,0 +1,194 @@
+//! Bytes to messages and back: the WebSocket header, protobuf and gzip. Pure.
+//!
+//! Promises: no input makes it panic, and no more than the limit is ever unpacked. It must not
+//! know what a message means, who sent it, or which socket it came from.
+
+use std::io::{Read, Write};
+
+use flate2::Compression;
+use flate2::read::MultiGzDecoder;
+use flate2::write::GzEncoder;
+use prost::Message;
+
+use crate::proto::{AgentToServer, ServerToAgent};
+
+/// Why bytes are not a report.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WireError {
+    /// A WebSocket message without the complete varint in front (S-006).
+    #[error("the message has no complete OpAMP header")]
+    HeaderMissing,
+    /// A header other than zero (S-006).
+    #[error("the OpAMP header must be 0")]
+    HeaderNotZero,
+    /// Not an `AgentToServer`.
+    #[error("not a valid AgentToServer message: {0}")]
+    Protobuf(String),
+    /// A body that is not gzip although it says so.
+    #[error("the body is not valid gzip")]
+    Gzip,
+    /// Larger than the limit, after unpacking where it was packed (S-019).
+    #[error("the message is larger than {limit} bytes")]
+    TooLarge {
+        /// The limit in bytes.
+        limit: usize,
+    },
+}
+
+/// The longest part of a decoder's message that is passed on: it repeats the field path of nested messages.
+const DECODE_MESSAGE_LIMIT: usize = 200;
+
+/// Reads one WebSocket message: the varint header, which must be zero, then an `AgentToServer` (S-004…S-008).
+pub fn decode_frame(frame: &[u8]) -> Result<AgentToServer, WireError> {
+    decode_body(after_header(frame)?)
+}
+
+/// Reads the body of a plain HTTP request, which has no header in front.
+pub fn decode_body(body: &[u8]) -> Result<AgentToServer, WireError> {
+    AgentToServer::decode(body).map_err(|error| {
+        let mut text = error.to_string();
+        if let Some((end, _)) = text.char_indices().nth(DECODE_MESSAGE_LIMIT) {
+            text.truncate(end);
+            text.push('…');
+        }
+        WireError::Protobuf(text)
+    })
+}
+
+/// The part of a WebSocket message behind its header.
+fn after_header(frame: &[u8]) -> Result<&[u8], WireError> {
+    // A 64-bit varint has at most ten bytes; the value is zero if no byte carries a payload bit.
+    for (index, byte) in frame.iter().take(10).enumerate() {
+        if byte & 0x7f != 0 {
+            return Err(WireError::HeaderNotZero);
+        }
+        if byte & 0x80 == 0 {
+            return Ok(frame.get(index + 1..).unwrap_or_default());
+        }
+    }
+    Err(WireError::HeaderMissing)
+}
+
+/// Writes one WebSocket message: header zero, then the offer (S-005).
+#[must_use]
+pub fn encode_frame(offer: &ServerToAgent) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(1 + offer.encoded_len());
+    frame.push(0);
+    // A vector grows as needed, so encoding cannot fail.
+    let _infallible = offer.encode(&mut frame);
+    frame
+}
+
+/// Writes the body of a plain HTTP answer.
+#[must_use]
+pub fn encode_body(offer: &ServerToAgent) -> Vec<u8> {
+    offer.encode_to_vec()
+}
+
+/// Unpacks a gzip body of at most `limit` bytes; never holds more than that (S-019).
+pub fn gunzip(packed: &[u8], limit: usize) -> Result<Vec<u8>, WireError> {
+    let mut body = Vec::new();
+    let bound = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
+    MultiGzDecoder::new(packed).take(bound).read_to_end(&mut body).map_err(|_| WireError::Gzip)?;
+    if body.len() > limit {
+        return Err(WireError::TooLarge { limit });
+    }
+    Ok(body)
+}
+
+/// Packs a body with gzip; `None` where that fails, so that the plain body is sent instead.
+#[must_use]
+pub fn gzip(body: &[u8]) -> Option<Vec<u8>> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
+    encoder.write_all(body).ok()?;
+    encoder.finish().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// A minimal report and the verdicts on its framings, from the must-reject and must-accept list.
+    const MINIMAL: &str = "0a100190d3c27a107b3e9c415d2e8f60a1b210072001";
+
+    fn unhex(text: &str) -> Vec<u8> {
+        (0..text.len() / 2).map(|i| u8::from_str_radix(&text[2 * i..2 * i + 2], 16).unwrap()).collect()
+    }
+
+    fn frame(header: &str, data: &str) -> Vec<u8> {
+        unhex(&format!("{header}{data}"))
+    }
+
+    #[test]
+    fn s_006_a_header_must_be_zero_in_any_length() {
+        assert_eq!(decode_frame(&frame("00", MINIMAL)).unwrap().sequence_num, 7);
+        assert_eq!(decode_frame(&frame("8000", MINIMAL)).unwrap().sequence_num, 7);
+        assert_eq!(decode_frame(&frame("01", MINIMAL)), Err(WireError::HeaderNotZero));
+        assert_eq!(decode_frame(&frame("", MINIMAL)), Err(WireError::HeaderNotZero));
+        assert_eq!(decode_frame(&unhex("ffffffffffffffffff010a00")), Err(WireError::HeaderNotZero));
+        assert_eq!(decode_frame(&unhex("80808080808080808080800000")), Err(WireError::HeaderMissing));
+        assert_eq!(decode_frame(&[]), Err(WireError::HeaderMissing));
+        assert_eq!(decode_frame(&[0x80]), Err(WireError::HeaderMissing));
+    }
+
+    #[test]
+    fn s_008_an_empty_data_part_is_the_default_message() {
+        assert_eq!(decode_frame(&[0]), Ok(AgentToServer::default()));
+    }
+
+    #[test]
+    fn malformed_protobuf_is_an_error_with_a_short_text() {
+        for bad in ["000a100190", "000000", "00020161", "000e", "009c06", "002a031a01ff", "000801"] {
+            assert!(matches!(decode_frame(&unhex(bad)), Err(WireError::Protobuf(_))), "{bad}");
+        }
+        let mut nested = Vec::new();
+        for _ in 0..120 {
+            let mut outer = vec![0x32];
+            prost::encoding::encode_varint(
+                nested.len() as u64 + 2 + varint_len(nested.len() as u64),
+                &mut outer,
+            );
+            outer.push(0x12);
+            prost::encoding::encode_varint(nested.len() as u64, &mut outer);
+            outer.append(&mut nested);
+            nested = outer;
+        }
+        let mut report = vec![0x00, 0x2a];
+        prost::encoding::encode_varint(nested.len() as u64, &mut report);
+        report.extend(nested);
+        let Err(WireError::Protobuf(text)) = decode_frame(&report) else { panic!("too deep must fail") };
+        assert!(text.chars().count() <= DECODE_MESSAGE_LIMIT + 1, "{text}");
+    }
+
+    fn varint_len(value: u64) -> u64 {
+        prost::encoding::encoded_len_varint(value) as u64 - 1
+    }
+
+    #[test]
+    fn s_019_gzip_is_unpacked_up_to_the_limit_and_no_further() {
+        let bomb = gzip(&vec![0; 1 << 20]).unwrap();
+        assert!(bomb.len() < 1 << 14);
+        assert_eq!(gunzip(&bomb, 1 << 10), Err(WireError::TooLarge { limit: 1 << 10 }));
+        assert_eq!(gunzip(&bomb, 1 << 20).map(|body| body.len()), Ok(1 << 20));
+        assert_eq!(gunzip(b"plain", 1 << 20), Err(WireError::Gzip));
+        assert_eq!(gunzip(&bomb[..bomb.len() - 4], 1 << 20), Err(WireError::Gzip));
+    }
+
+    proptest! {
+        #[test]
+        fn any_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512), limit in 0_usize..1024) {
+            let _ = decode_frame(&bytes);
+            let _ = decode_body(&bytes);
+            let _ = gunzip(&bytes, limit);
+        }
+
+        #[test]
+        fn a_frame_is_its_header_and_the_body(uid in any::<[u8; 16]>(), flags in any::<u64>()) {
+            let offer = ServerToAgent { instance_uid: uid.to_vec(), flags, ..ServerToAgent::default() };
+            let frame = encode_frame(&offer);
+            prop_assert_eq!(frame[0], 0);
+            prop_assert_eq!(frame[1..].to_vec(), encode_body(&offer));
+        }
+    }
+}
