@@ -48,6 +48,8 @@ pub struct OpenConnection {
     pub pulse: Pulse,
     end: OnceLock<CloseReason>,
     recorded: AtomicBool,
+    /// The latest sign of life that this node handed to the store, in microseconds.
+    sighted: AtomicI64,
 }
 
 impl OpenConnection {
@@ -55,7 +57,8 @@ impl OpenConnection {
     #[must_use]
     pub fn new(agent: InstanceUid, id: i64, transport: Transport, link: Arc<Link>, pulse: Pulse) -> Self {
         link.enter();
-        Self { agent, id, transport, link, pulse, end: OnceLock::new(), recorded: AtomicBool::new(false) }
+        let (end, recorded, sighted) = (OnceLock::new(), AtomicBool::new(false), AtomicI64::new(i64::MIN));
+        Self { agent, id, transport, link, pulse, end, recorded, sighted }
     }
 
     /// Why it ended; `None` while it is open.
@@ -68,6 +71,11 @@ impl OpenConnection {
     #[must_use]
     pub fn is_recorded(&self) -> bool {
         self.recorded.load(Ordering::Acquire)
+    }
+
+    /// Notes that the store is told of a sign of life: what it shows later than that, another node heard.
+    pub fn note_sighting(&self, at: Moment) {
+        self.sighted.fetch_max(at.as_micros(), Ordering::Relaxed);
     }
 
     /// Notes an end that is on record already, because a newer connection took over.
@@ -199,15 +207,16 @@ impl History {
         (Self { shared: Arc::clone(&shared) }, Writer { shared })
     }
 
-    /// Opens a connection; it is durable when this returns.
+    /// Opens a connection whose first report came at `heard`; it is durable when this returns.
     pub async fn open(
         &self,
         agent: InstanceUid,
         transport: Transport,
         remote_addr: &str,
+        heard: Tick,
         last_proof: Option<Tick>,
     ) -> Result<Opened, StoreError> {
-        let now = self.shared.clock.now();
+        let now = self.shared.clock.moment(heard);
         let polls_since = now.before(self.shared.expected.first_poll());
         let new = NewConnection {
             agent,
@@ -254,6 +263,7 @@ impl History {
         let beat = connection.pulse.beat();
         let last_seen_at = clock.moment(beat.last_seen(connection.transport, &connection.link)).min(now);
         let seen = noticed == Noticed::Seen;
+        let sighted = Moment::from_micros(connection.sighted.load(Ordering::Relaxed));
         let server_caused = reason.cause() == Cause::Server;
         let end = ConnectionEnd {
             agent: connection.agent,
@@ -264,7 +274,7 @@ impl History {
             last_seen_at,
             sequence_num: if beat.unsaved { None } else { beat.number },
             offline_at: server_caused.then(|| now.after(self.shared.expected.return_time())),
-            unless_seen_after: (noticed == Noticed::Unheard).then_some(last_seen_at),
+            unless_seen_after: (noticed == Noticed::Unheard).then_some(last_seen_at.max(sighted)),
             node_id: self.shared.node_id,
         };
         Some(EndTicket(self.push(Write::UpdateConnection(end), Some(Arc::clone(connection)))))

@@ -422,7 +422,9 @@ async fn restore(
         );
         let pulse = Pulse::starting(seen, poll.sequence_num.map(i64::cast_unsigned));
         let link = Arc::new(Link::heard_at(seen));
-        let connection = Arc::new(OpenConnection::new(poll.agent_id, poll.id, Transport::Http, link, pulse));
+        let connection = OpenConnection::new(poll.agent_id, poll.id, Transport::Http, link, pulse);
+        connection.note_sighting(poll.last_seen_at);
+        let connection = Arc::new(connection);
         services.hub.enter(&connection);
         services.watch.over(connection, tick.after(expected.return_time())).await;
     }

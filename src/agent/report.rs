@@ -393,17 +393,21 @@ mod tests {
                 let config_map = Some(AgentConfigMap { config_map: [(text, file)].into() });
                 report.effective_config = Some(EffectiveConfig { config_map });
             }
-            _ => {
+            Part::RemoteConfigStatus => {
                 let status = RemoteConfigStatus { error_message: text, ..RemoteConfigStatus::default() };
                 report.remote_config_status = Some(status);
             }
+            Part::PackageStatuses
+            | Part::CustomCapabilities
+            | Part::AvailableComponents
+            | Part::ConnectionSettingsStatus => panic!("{part:?} is not in the model"),
         }
     }
 
-    fn full(number: u64, content: &Content) -> AgentToServer {
+    fn full(number: u64, content: Content) -> AgentToServer {
         let mut full = report(number);
         for (part, content) in PARTS.into_iter().zip(content) {
-            put(&mut full, part, *content);
+            put(&mut full, part, content);
         }
         full
     }
@@ -425,7 +429,7 @@ mod tests {
     #[test]
     fn a_full_first_report_of_an_unknown_agent_is_enough() {
         let mut state = new_agent();
-        let change = absorb(&mut state, &full(0, &[1; 4]));
+        let change = absorb(&mut state, &full(0, [1; 4]));
         assert!(!change.ask_full_state);
         assert!(change.must_save);
         assert_eq!(change.parts, PartSet::of(PARTS));
@@ -438,19 +442,19 @@ mod tests {
         assert!(absorb(&mut state, &report(5)).ask_full_state);
         assert_eq!(state.stored_number(), None, "a restart would have to ask again");
         assert!(!absorb(&mut state, &report(6)).ask_full_state);
-        assert!(!absorb(&mut state, &full(7, &[1; 4])).ask_full_state);
+        assert!(!absorb(&mut state, &full(7, [1; 4])).ask_full_state);
         assert_eq!(state.stored_number(), Some(7));
     }
 
     #[test]
     fn s_044_a_gap_is_asked_about_once_and_r_003_its_number_is_the_new_base() {
         let mut state = new_agent();
-        absorb(&mut state, &full(1, &[1; 4]));
+        absorb(&mut state, &full(1, [1; 4]));
         let change = absorb(&mut state, &report(3));
         assert_eq!((change.kind, change.ask_full_state, change.must_save), (Kind::Gap, true, true));
         assert_eq!(state.stored_number(), None);
         assert!(!absorb(&mut state, &report(4)).ask_full_state);
-        let change = absorb(&mut state, &full(5, &[1; 4]));
+        let change = absorb(&mut state, &full(5, [1; 4]));
         assert!(change.must_save, "nothing changed, but the number counts again");
         assert_eq!(state.stored_number(), Some(5));
     }
@@ -476,22 +480,22 @@ mod tests {
     #[test]
     fn a_known_agent_whose_number_is_unknown_is_asked() {
         let known = KnownAgent { known: true, parts: PartSet::of(PARTS), ..KnownAgent::default() };
-        assert!(absorb(&mut AgentState::restore(&known), &full(7, &[1; 4])).ask_full_state);
+        assert!(absorb(&mut AgentState::restore(&known), &full(7, [1; 4])).ask_full_state);
     }
 
     #[test]
     fn r_005_the_same_bytes_are_a_repeat_and_other_bytes_with_the_number_a_gap() {
         let mut state = new_agent();
-        absorb(&mut state, &full(1, &[1; 4]));
-        assert_eq!(absorb(&mut state, &full(1, &[1; 4])).kind, Kind::Repeat);
-        let change = absorb(&mut state, &full(1, &[2; 4]));
+        absorb(&mut state, &full(1, [1; 4]));
+        assert_eq!(absorb(&mut state, &full(1, [1; 4])).kind, Kind::Repeat);
+        let change = absorb(&mut state, &full(1, [2; 4]));
         assert_eq!((change.kind, change.ask_full_state), (Kind::Gap, true));
     }
 
     #[test]
     fn r_035_a_bare_report_is_a_sign_of_life_and_leaves_the_numbers() {
         let mut state = new_agent();
-        absorb(&mut state, &full(4, &[1; 4]));
+        absorb(&mut state, &full(4, [1; 4]));
         let bare = AgentToServer { instance_uid: vec![7; 16], ..AgentToServer::default() };
         let change = absorb(&mut state, &bare);
         assert_eq!((change.kind, change.ask_full_state, change.must_save), (Kind::Bare, false, false));
@@ -502,7 +506,7 @@ mod tests {
     #[test]
     fn s_043_a_part_is_replaced_as_a_whole_and_an_unchanged_one_is_no_change() {
         let mut state = new_agent();
-        absorb(&mut state, &full(1, &[1; 4]));
+        absorb(&mut state, &full(1, [1; 4]));
         let mut next = report(2);
         put(&mut next, Part::Health, 1);
         assert!(!absorb(&mut state, &next).must_save);
@@ -514,7 +518,7 @@ mod tests {
     #[test]
     fn a_change_of_observation_times_alone_is_no_change() {
         let mut state = new_agent();
-        absorb(&mut state, &full(1, &[1; 4]));
+        absorb(&mut state, &full(1, [1; 4]));
         let part = |time, error: &str| ComponentHealth {
             status_time_unix_nano: time,
             last_error: error.to_owned(),
@@ -540,7 +544,7 @@ mod tests {
     #[test]
     fn r_002_a_mask_of_zero_keeps_the_last_one_and_s_039_a_new_one_counts() {
         let mut state = new_agent();
-        absorb(&mut state, &full(1, &[1; 4]));
+        absorb(&mut state, &full(1, [1; 4]));
         let silent = AgentToServer { sequence_num: 2, capabilities: 0, ..report(2) };
         assert!(!absorb(&mut state, &silent).must_save);
         assert_eq!(state.capabilities(), Capabilities(MASK));
@@ -553,7 +557,7 @@ mod tests {
     fn s_047_a_farewell_and_a_request_for_a_uid_are_events_of_one_message() {
         let mut state = new_agent();
         let farewell =
-            AgentToServer { agent_disconnect: Some(AgentDisconnect {}), flags: 1, ..full(1, &[1; 4]) };
+            AgentToServer { agent_disconnect: Some(AgentDisconnect {}), flags: 1, ..full(1, [1; 4]) };
         let change = absorb(&mut state, &farewell);
         assert!(change.leaves && change.requests_uid);
         let change = absorb(&mut state, &report(2));
@@ -636,11 +640,11 @@ mod tests {
         }
 
         /// The agent's next report: what changed, or everything where it was asked for.
-        fn next_report(&mut self, changed: u8) -> AgentToServer {
+        fn next_report(&mut self, mask: u8) -> AgentToServer {
             let mut next = report(self.number);
             self.number = self.number.wrapping_add(1);
             for (index, part) in PARTS.into_iter().enumerate() {
-                let changes = changed & (1 << index) != 0;
+                let changes = mask & (1 << index) != 0;
                 self.content[index] = self.content[index].wrapping_add(u8::from(changes));
                 if changes || self.asked {
                     put(&mut next, part, self.content[index]);
@@ -726,7 +730,11 @@ mod tests {
             Part::Description => report.agent_description.as_ref().map(Message::encode_to_vec),
             Part::Health => report.health.as_ref().map(Message::encode_to_vec),
             Part::EffectiveConfig => report.effective_config.as_ref().map(Message::encode_to_vec),
-            _ => report.remote_config_status.as_ref().map(Message::encode_to_vec),
+            Part::RemoteConfigStatus => report.remote_config_status.as_ref().map(Message::encode_to_vec),
+            Part::PackageStatuses
+            | Part::CustomCapabilities
+            | Part::AvailableComponents
+            | Part::ConnectionSettingsStatus => None,
         }
     }
 
@@ -746,7 +754,7 @@ mod tests {
                 model.asked |= model.arrives(&report, false) == Some(true);
             }
             if !model.asked {
-                let agent = full(0, &model.content);
+                let agent = full(0, model.content);
                 for (part, stored) in PARTS.into_iter().zip(&model.stored) {
                     prop_assert_eq!(stored, &content_of(&agent, part), "{:?} after {:?}", part, steps);
                 }

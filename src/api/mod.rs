@@ -98,7 +98,7 @@ pub fn router(state: ApiState) -> Router {
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(state.clone(), access::require_token))
-        .merge(open)
+        .merge(open.method_not_allowed_fallback(method_not_allowed))
         .with_state(state)
 }
 

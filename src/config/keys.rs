@@ -48,7 +48,7 @@ pub(super) enum Slot<'a> {
 
 const MAX_SIZE: usize = 1 << 30;
 /// Longer durations are slips of the pen, and far below what clocks can add.
-const YEAR: Duration = Duration::from_secs(31_557_600);
+const YEAR: Duration = Duration::from_hours(8766);
 const SHORT: RangeInclusive<Duration> = Duration::from_millis(10)..=YEAR;
 const MEDIUM: RangeInclusive<Duration> = Duration::from_millis(100)..=YEAR;
 const ANY: RangeInclusive<Duration> = Duration::ZERO..=YEAR;
@@ -304,6 +304,7 @@ fn token_holds(token: &str) -> bool {
 
 /// A word that is no level would be taken for a module's name and silence everything else.
 fn filter_holds(filter: &str) -> bool {
-    let whole = |part: &str| part.contains(['=', '[']) || LevelFilter::from_str(part.trim()).is_ok();
+    let whole =
+        |part: &str| part.contains(['=', '[']) || (!part.is_empty() && LevelFilter::from_str(part).is_ok());
     filter.split(',').all(whole) && EnvFilter::try_new(filter).is_ok()
 }

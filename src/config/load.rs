@@ -8,7 +8,7 @@ use ::config::{FileFormat, Map, Source as _, Value, ValueKind};
 use clap::Args;
 
 use super::keys::{ALL, Key};
-use super::{Config, ConfigError};
+use super::{Config, ConfigError, Secret};
 
 /// What the command line says about the configuration.
 #[derive(Args, Clone, Default)]
@@ -43,8 +43,12 @@ impl Overrides {
 
 impl fmt::Debug for Overrides {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let flags: Vec<_> = self.flags().map(|(flag, ..)| flag).collect();
-        f.debug_struct("Overrides").field("config", &self.config).field("flags", &flags).finish()
+        f.debug_struct("Overrides")
+            .field("config", &self.config)
+            .field("agents_listen", &self.agents_listen)
+            .field("operators_listen", &self.operators_listen)
+            .field("store_url", &self.store_url.as_deref().map(Secret::from))
+            .finish()
     }
 }
 
@@ -90,21 +94,21 @@ impl Loaded {
     /// The effective configuration as TOML, each key with where it comes from, secrets masked.
     #[must_use]
     pub fn render(&self) -> String {
-        let mut text = String::new();
+        let mut lines = Vec::new();
         let mut section = "";
         for (key, origin) in ALL.iter().zip(&self.origins) {
             if key.section != section {
                 let gap = if section.is_empty() { "" } else { "\n" };
                 section = key.section;
-                text += &format!("{gap}[{section}]\n");
+                lines.push(format!("{gap}[{section}]\n"));
             }
             let origin = origin.to_string().replace(char::is_control, "?");
-            text += &match key.shown(&self.config) {
+            lines.push(match key.shown(&self.config) {
                 Some(value) => format!("{} = {value} # {origin}\n", key.name),
                 None => format!("# {} is not set # {origin}\n", key.name),
-            };
+            });
         }
-        text
+        lines.concat()
     }
 }
 
@@ -399,7 +403,7 @@ mod tests {
         assert_eq!(loaded.config.agents.listen, "127.0.0.1:4320".parse().unwrap());
         assert_eq!(loaded.config.agents.max_message_size, 67_108_864);
         assert_eq!(loaded.config.store.url.expose(), "sqlite://opamp-server.db");
-        assert_eq!(loaded.config.heartbeat.timeout, Duration::from_secs(60));
+        assert_eq!(loaded.config.heartbeat.timeout, Duration::from_mins(1));
         assert_eq!(loaded.config.log.format, None);
     }
 
@@ -431,15 +435,15 @@ mod tests {
             ("log", "level", "debug"),
             ("log", "format", "json"),
         ];
-        let mut text = String::new();
+        let mut lines = Vec::new();
         let mut by_env = Given::default();
         for (section, name, value) in all {
             let plain = value.parse::<u64>().is_ok() || value == "true";
             let value_text = if plain { value.to_owned() } else { format!("{value:?}") };
-            text += &format!("{section}.{name} = {value_text}\n");
+            lines.push(format!("{section}.{name} = {value_text}\n"));
             by_env = by_env.env(&format!("OPAMP_{section}_{name}").to_uppercase(), value);
         }
-        let by_file = file(&text).load().unwrap();
+        let by_file = file(&lines.concat()).load().unwrap();
         let by_env = by_env.load().unwrap();
         assert_eq!(format!("{:?}", by_file.config), format!("{:?}", by_env.config));
         assert_eq!(by_env.config.sweep.ephemeral, Ephemeral::All);
@@ -499,7 +503,7 @@ mod tests {
             &["agents.token", "remove it"],
         );
         has(&env("INTERNAL_SERVICE_TOKEN", "").refusal(), &["INTERNAL_SERVICE_TOKEN"]);
-        for token in ["höher", "a\nb", " a", "a\u{7f}"] {
+        for token in ["höher", "hunter\n2", " hunter", "hunter\u{7f}"] {
             let refusal = env("OPAMP_AGENTS_TOKEN", token).refusal();
             has(&refusal, &["visible ASCII", "***"]);
             assert!(!refusal.contains(token));
@@ -739,10 +743,10 @@ mod tests {
         }
         has(&env("OPAMP_NODE_NAME", " ").refusal(), &["node.name = \" \"", "remove it"]);
         has(&env("OPAMP_STORE_URL", "").refusal(), &["store.url = \"\"", "remove it"]);
-        for level in ["", "inof", "info,loud", "info,hyper=loud", "="] {
+        for level in ["", "info, sqlx=off", "inof", "info,loud", "info,hyper=loud", "="] {
             has(&env("OPAMP_LOG_LEVEL", level).refusal(), &["log.level = ", "trace"]);
         }
-        for level in ["off", "WARN", "info,hyper=warn", "info, sqlx=off", "[link{id=7}]=trace"] {
+        for level in ["off", "WARN", "info,hyper=warn", "[link{id=7}]=trace"] {
             assert_eq!(env("OPAMP_LOG_LEVEL", level).config().log.level, level);
         }
     }

@@ -46,7 +46,7 @@ pub struct Config {
     pub log: Log,
 }
 
-/// Section `agents`: the listener for OpAMP, and its limits.
+/// Section `agents`: the listener for agents, and its limits.
 #[derive(Clone, Debug)]
 pub struct Agents {
     /// Address and port; port 0 takes a free one. Default `127.0.0.1:4320`.
@@ -204,7 +204,7 @@ impl Default for Heartbeat {
     fn default() -> Self {
         Self {
             interval: Duration::from_secs(30),
-            timeout: Duration::from_secs(60),
+            timeout: Duration::from_mins(1),
             check_interval: Duration::from_secs(30),
         }
     }

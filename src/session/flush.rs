@@ -29,10 +29,12 @@ async fn flush(services: &Services) {
             continue;
         }
         if let Some((seen, sequence_num)) = connection.pulse.take_sighting(connection.last_seen()) {
+            let at = services.clock.moment(seen);
+            connection.note_sighting(at);
             sightings.push(Sighting {
                 agent: connection.agent,
                 connection_id: connection.id,
-                at: services.clock.moment(seen),
+                at,
                 sequence_num,
             });
         }

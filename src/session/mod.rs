@@ -78,13 +78,21 @@ pub struct Session {
 impl Session {
     /// Opens the connection of `agent`; its row is durable when this returns.
     async fn open(services: &Arc<Services>, origin: &Origin, agent: InstanceUid) -> Result<Self, StoreError> {
-        let proof = services.hub.get(agent).map(|older| older.last_seen());
+        let older = services.hub.get(agent);
+        let proof = older.as_ref().map(|older| older.last_seen());
+        let heard = origin.link.last_byte();
         let address = origin.remote_addr.to_string();
-        let opened = services.history.open(agent, origin.transport, &address, proof).await?;
+        let mut opened = services.history.open(agent, origin.transport, &address, heard, proof).await?;
+        let displaced = opened.displaced.map(|displaced| displaced.connection_id);
+        if let Some(older) = older.filter(|older| displaced == Some(older.id)) {
+            // Signs of life that were not flushed yet: who continues them is not asked for full state.
+            opened.agent.sequence_num = older.pulse.number().or(opened.agent.sequence_num);
+        }
         let state = AgentState::restore(&opened.agent);
-        let pulse = Pulse::starting(services.clock.tick(), state.stored_number());
+        let pulse = Pulse::starting(heard, state.stored_number());
         let link = Arc::clone(&origin.link);
         let connection = OpenConnection::new(agent, opened.connection_id, origin.transport, link, pulse);
+        connection.note_sighting(opened.seen_at);
         let connection = Arc::new(connection);
         let session = Self::resume(services, Arc::clone(&connection), state);
         services.hub.enter(&connection);
@@ -139,15 +147,20 @@ impl Session {
     }
 
     /// Takes one report.
-    async fn on_report(&mut self, report: &AgentToServer, digest: u64) -> Result<Answer, Refusal> {
+    async fn on_report(
+        &mut self,
+        report: &AgentToServer,
+        digest: u64,
+        heard: Tick,
+    ) -> Result<Answer, Refusal> {
         let (next, change) = self.state.absorb(report, digest);
-        self.connection.pulse.reported(self.services.clock.tick(), change.must_save);
+        self.connection.pulse.reported(heard, change.must_save);
         self.services.metrics.reports.of(change.kind).increment(1);
         if change.kind == Kind::Repeat {
             return Ok(self.answered);
         }
         if change.must_save {
-            Box::pin(self.save(report, &next, change.parts)).await?;
+            Box::pin(self.save(report, &next, change.parts, heard)).await?;
         }
         self.adopt(next, change, false);
         if change.leaves || change.requests_uid {
@@ -162,11 +175,14 @@ impl Session {
         report: &AgentToServer,
         next: &AgentState,
         parts: PartSet,
+        heard: Tick,
     ) -> Result<(), Refusal> {
+        let at = self.services.clock.moment(heard);
+        self.connection.note_sighting(at);
         let update = AgentUpdate {
             agent: self.connection.agent,
             connection_id: self.connection.id,
-            at: self.services.clock.now(),
+            at,
             sequence_num: next.stored_number(),
             capabilities: next.capabilities(),
             documents: Documents::of(report, parts),
@@ -235,13 +251,14 @@ pub async fn exchange(
     bytes: &[u8],
 ) -> Exchanged {
     let closing = services.closing.load(Ordering::Relaxed);
+    let heard = origin.link.last_byte();
     if !closing && slot.as_ref().is_some_and(|session| session.connection.ended().is_some()) {
         *slot = None;
     }
     let result = match slot {
         Some(session) if session.connection.ended().is_some() => Err(unavailable()),
         None if closing => Err(unavailable()),
-        Some(session) => session.on_report(report, digest_of_bytes(bytes)).await,
+        Some(session) => session.on_report(report, digest_of_bytes(bytes), heard).await,
         None => Box::pin(first_report(services, slot, origin, agent, report, bytes)).await,
     };
     if slot.as_ref().is_some_and(|session| session.connection.is_recorded()) {
@@ -263,7 +280,7 @@ async fn first_report(
         return Ok(Answer::default());
     }
     let session = Session::open(services, origin, agent).await.map_err(|error| refusal(services, &error))?;
-    slot.insert(session).on_report(report, digest_of_bytes(bytes)).await
+    slot.insert(session).on_report(report, digest_of_bytes(bytes), origin.link.last_byte()).await
 }
 
 /// True where this is a poll of an agent whose polls are on record as an open connection.

@@ -125,6 +125,8 @@ pub struct Opened {
     pub connection_id: i64,
     /// When it began.
     pub connected_at: Moment,
+    /// The sign of life that was stored with it.
+    pub seen_at: Moment,
     /// What the store knows of the agent.
     pub agent: KnownAgent,
     /// The connection it displaced.
@@ -711,6 +713,7 @@ where
                 let opened = Opened {
                     connection_id,
                     connected_at: newcomer.continues.map_or(newcomer.at, |row| row.connected_at),
+                    seen_at: newcomer.at.max(newcomer.agent.last_seen_at.unwrap_or(newcomer.at)),
                     agent: newcomer.agent.known(),
                     displaced: newcomer.displaced.map(|(connection_id, end)| Displaced {
                         connection_id,

@@ -1,0 +1,168 @@
+//! One promise, two databases: every case is a plain function over the store and runs on `SQLite` and on Postgres.
+//!
+//! A case takes `store`, one store on an empty database, or `database`, where it needs a second
+//! store or a look past it. The list below is the whole suite: what is not listed does not run.
+
+#![expect(clippy::expect_used, reason = "in a test a panic with a sentence is the report")]
+
+mod batches;
+mod ending;
+mod identity;
+mod lists;
+mod memory;
+mod migrations;
+mod nodes;
+mod opening;
+mod polling;
+mod scene;
+mod schedules;
+mod updating;
+mod verdicts;
+
+macro_rules! run {
+    ($module:ident::$case:ident, store, $database:ident) => {
+        super::$module::$case($database.open().await).await
+    };
+    ($module:ident::$case:ident, database, $database:ident) => {
+        super::$module::$case(&$database).await
+    };
+}
+
+macro_rules! conformance {
+    ($($module:ident { $($case:ident($argument:ident),)* })*) => {
+        mod sqlite {
+            use crate::harness::Database;
+            $($(
+                #[tokio::test]
+                async fn $case() {
+                    let database = Database::sqlite();
+                    run!($module::$case, $argument, database);
+                }
+            )*)*
+        }
+
+        mod postgres {
+            use crate::harness::Database;
+            $($(
+                #[tokio::test]
+                async fn $case() {
+                    let Some(database) = Database::postgres().await else { return };
+                    run!($module::$case, $argument, database);
+                }
+            )*)*
+        }
+    };
+}
+
+conformance! {
+    opening {
+        a_new_agent_gets_its_record_and_its_row_in_one_transaction(store),
+        a_known_agent_keeps_number_parts_and_capabilities(store),
+        a_newcomer_takes_over_at_once(store),
+        a_proof_in_memory_beats_an_older_one_on_record(store),
+        a_newcomer_ends_the_row_of_a_gone_node_as_server_lost(store),
+        a_late_end_of_a_displaced_connection_changes_nothing(database),
+        an_end_queued_ahead_of_a_newcomer_keeps_its_reason(store),
+        moments_of_an_agent_never_go_back(store),
+        the_status_log_never_goes_back(database),
+        two_clean_stays_are_two_rows(store),
+        an_opening_done_again_is_the_same_row(database),
+        an_opening_sees_what_was_committed_while_it_waited(database),
+    }
+    ending {
+        an_end_the_agent_caused_makes_it_offline_at_once(database),
+        every_reason_is_one_word_and_has_one_effect(store),
+        an_end_the_server_caused_leaves_the_agent_online_until_its_return_time(database),
+        who_returns_in_time_is_not_overdue(store),
+        a_pending_verdict_is_due_at_its_moment_and_not_before(store),
+        a_duration_is_whole_seconds(store),
+        an_end_is_never_before_its_beginning(store),
+        an_end_that_was_not_seen_has_two_bounds(store),
+        an_end_done_again_changes_nothing(store),
+        a_temporary_uid_is_retired_by_its_end(store),
+    }
+    updating {
+        an_update_after_a_take_over_changes_nothing(store),
+        an_update_after_an_end_changes_nothing(store),
+        changed_parts_are_replaced_whole_and_absent_ones_stay(store),
+        attributes_are_replaced_as_a_whole(database),
+        odd_values_come_back_as_they_were(store),
+        an_inventory_is_kept_per_hash(store),
+        a_sign_of_life_needs_the_fence_and_never_goes_back(store),
+        a_sign_of_life_that_meets_a_take_over_changes_nothing(database),
+        a_number_that_is_unknown_is_stored_as_unknown(store),
+    }
+    polling {
+        a_poll_in_time_goes_on_with_the_open_row(store),
+        a_poll_after_its_deadline_ends_the_row_and_opens_a_new_one(store),
+        a_websocket_ends_the_row_of_polls(store),
+        a_poll_ends_the_row_of_a_websocket(store),
+        a_poll_at_another_node_goes_on_with_the_row(store),
+        a_verdict_on_a_poller_yields_to_a_later_poll(store),
+        a_verdict_sees_the_poll_that_was_committed_while_it_waited(database),
+        polled_connections_are_listed(store),
+        a_start_ends_polls_that_stopped_and_keeps_the_others(store),
+    }
+    verdicts {
+        marked_agents_that_stay_away_are_retired_and_others_are_errors(database),
+        the_sweep_spares_all_or_none_as_told(store),
+        the_sweep_waits_for_stale_after(store),
+        a_sweep_of_many_is_complete(store),
+        a_retired_agent_returns_to_the_same_record(store),
+        an_agent_in_error_returns(store),
+    }
+    nodes {
+        a_restart_ends_what_the_crash_left_open(database),
+        a_restart_meets_agents_that_flee_to_a_peer(database),
+        a_restart_moves_pending_verdicts(store),
+        time_in_which_nobody_watched_makes_nobody_stale(store),
+        a_start_leaves_the_rows_of_a_living_peer(database),
+        rows_displaced_since_the_last_renewal_of_a_lost_node_are_server_lost(database),
+        an_ended_node_cannot_renew(store),
+        a_node_that_was_replaced_cannot_renew(store),
+        living_peers_are_seen(database),
+        a_node_name_has_one_holder(database),
+        the_time_is_the_databases(store),
+    }
+    identity {
+        a_deleted_agent_keeps_its_history(database),
+        a_connected_agent_is_not_deleted(store),
+        who_was_deleted_may_return(store),
+        a_uid_is_assigned_once_until_it_is_used(store),
+        a_uid_for_nobody_is_a_record_without_past(store),
+        an_unknown_agent_is_nothing(store),
+    }
+    lists {
+        a_list_is_narrowed_by_every_filter(store),
+        a_list_is_narrowed_by_transport(store),
+        a_list_is_narrowed_by_attributes(store),
+        a_prefix_finds_id_name_and_host_in_any_case(store),
+        a_prefix_finds_names_beyond_ascii(store),
+        a_prefix_is_no_pattern(store),
+        unseen_agents_are_listed(store),
+        retired_agents_are_hidden_unless_asked_for(store),
+        pages_have_no_gaps_and_no_doubles_while_agents_arrive(store),
+        a_summary_counts_every_agent_once(store),
+        a_history_is_newest_first_and_paged(store),
+        a_history_is_cut_by_from_and_to(store),
+        the_active_connection_is_the_open_row(store),
+        the_operators_view_shows_the_fleet(database),
+    }
+    batches {
+        a_thousand_openings_are_one_transaction(database),
+        a_poisoned_batch_leaves_nothing_behind(database),
+        an_empty_batch_is_nothing(store),
+        answers_come_in_the_order_of_the_batch(store),
+        two_writers_share_the_same_agents(database),
+    }
+    migrations {
+        going_down_and_up_again_works_with_rows_in_the_tables(database),
+        a_missing_migration_is_named(database),
+        an_unknown_breaking_migration_is_refused(database),
+        an_unknown_migration_that_breaks_nothing_is_tolerated(database),
+        stores_that_start_together_migrate_once(database),
+    }
+    schedules {
+        any_schedule_keeps_the_history_true(database),
+    }
+}

@@ -1,0 +1,237 @@
+//! Opening connections: new and known agents, newcomers and what they displace.
+
+use std::sync::Arc;
+
+use opamp_server::agent::Capabilities;
+use opamp_server::agent::report::{Part, PartSet};
+use opamp_server::close::CloseReason;
+use opamp_server::store::{Displaced, NewConnection, Status, StatusChange, Store, Transport, Write};
+use serde_json::json;
+
+use super::scene::{
+    Node, assert_true_history, at, create, end, history, only_row, opened, report, row, status_log, uid,
+    update,
+};
+use crate::harness::Database;
+
+/// The first report of an unknown agent makes its record and its first row, and both say the same.
+pub(super) async fn a_new_agent_gets_its_record_and_its_row_in_one_transaction(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    assert_eq!(store.get_agent_row(uid(1)).await, Ok(None));
+    let opened = node.open(uid(1), at(5)).await;
+    assert!(!opened.agent.known);
+    assert_eq!((opened.connected_at, opened.displaced), (at(5), None));
+    let first = StatusChange {
+        agent: uid(1),
+        from: None,
+        to: Status::Online,
+        reason: "first_report".to_owned(),
+        connection_id: Some(opened.connection_id),
+    };
+    assert_eq!(opened.status, Some(first));
+    let (agent, connection) = (row(&store, uid(1)).await, only_row(&store, uid(1)).await);
+    assert_eq!((agent.status, agent.status_since), (Status::Online, at(5)));
+    assert_eq!((agent.connection_id, agent.last_connected_at), (Some(connection.id), Some(at(5))));
+    assert_eq!(
+        (agent.last_seen_at, agent.created_at, agent.last_disconnected_at),
+        (Some(at(5)), at(5), None)
+    );
+    assert_eq!((connection.id, connection.connected_at), (opened.connection_id, at(5)));
+    assert_eq!((connection.disconnected_at, connection.disconnect_reason), (None, None));
+    assert_eq!((connection.node_id, connection.transport), (Some(node.id), Transport::Websocket));
+    assert_eq!(connection.remote_addr.as_deref(), Some("192.0.2.1:40001"));
+    assert_eq!(connection.confirmed_until, Some(at(5)));
+}
+
+/// Who returns meets what was stored: number, mask and parts, so that nothing is asked again.
+pub(super) async fn a_known_agent_keeps_number_parts_and_capabilities(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    let first = node.open(uid(1), at(1)).await;
+    let mut change = report(&first, uid(1), at(2));
+    change.sequence_num = Some(41);
+    change.capabilities = Capabilities(0x8000_0000_0000_1807);
+    change.documents.health = Some(json!({ "healthy": true }));
+    change.documents.components_hash = Some("ab".to_owned());
+    assert!(update(&store, change).await);
+    let mut leaves = node.end_of(&first, uid(1), CloseReason::ClosedByAgent, at(3));
+    leaves.sequence_num = Some(42);
+    end(&store, leaves).await;
+    let known = node.open(uid(1), at(10)).await.agent;
+    assert!(known.known);
+    assert_eq!((known.sequence_num, known.capabilities), (Some(42), Capabilities(0x8000_0000_0000_1807)));
+    assert_eq!(known.parts, PartSet::of([Part::Health, Part::AvailableComponents]));
+}
+
+/// A newcomer ends the older row: last proof … its own beginning, superseded.
+pub(super) async fn a_newcomer_takes_over_at_once(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    let older = node.open(uid(1), at(10)).await;
+    update(&store, report(&older, uid(1), at(15))).await;
+    let newer = node.open(uid(1), at(20)).await;
+    let displaced = Displaced {
+        connection_id: older.connection_id,
+        reason: CloseReason::Superseded,
+        duration_seconds: 5,
+    };
+    assert_eq!((newer.displaced, newer.status), (Some(displaced), None));
+    let rows = history(&store, uid(1)).await;
+    assert_eq!((rows[0].disconnected_at, rows[0].disconnected_by), (Some(at(15)), Some(at(20))));
+    assert_eq!(
+        (rows[0].duration_seconds, rows[0].disconnect_reason.as_deref()),
+        (Some(5), Some("superseded"))
+    );
+    assert_eq!((rows[1].connected_at, rows[1].disconnected_at), (at(20), None));
+    let agent = row(&store, uid(1)).await;
+    assert_eq!((agent.connection_id, agent.status), (Some(newer.connection_id), Status::Online));
+    assert_eq!((agent.last_connected_at, agent.last_disconnected_at), (Some(at(20)), Some(at(15))));
+}
+
+/// The node that held the older link knows more than the store: its last proof counts.
+pub(super) async fn a_proof_in_memory_beats_an_older_one_on_record(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    node.open(uid(1), at(10)).await;
+    let newcomer = NewConnection { last_proof: Some(at(19)), ..node.arrival(uid(1), at(20)) };
+    create(&store, newcomer).await;
+    assert_eq!(history(&store, uid(1)).await[0].disconnected_at, Some(at(19)));
+}
+
+/// The row of a node that is known to be gone was not superseded: that node was lost.
+pub(super) async fn a_newcomer_ends_the_row_of_a_gone_node_as_server_lost(store: Arc<dyn Store>) {
+    let gone = Node::start(&store, "a", at(0)).await;
+    let node = Node::start(&store, "b", at(1)).await;
+    gone.open(uid(1), at(10)).await;
+    store.end_node(gone.id, at(12)).await.expect("the node ends");
+    let newer = node.open(uid(1), at(20)).await;
+    assert_eq!(newer.displaced.map(|displaced| displaced.reason), Some(CloseReason::ServerLost));
+    let rows = history(&store, uid(1)).await;
+    assert_eq!(rows[0].disconnect_reason.as_deref(), Some("server_lost"));
+    assert_eq!((rows[0].disconnected_at, rows[0].disconnected_by), (Some(at(10)), Some(at(20))));
+}
+
+/// The late close of an older link changes neither row, nor status, nor fence, nor number.
+pub(super) async fn a_late_end_of_a_displaced_connection_changes_nothing(database: &Database) {
+    let (store, raw) = (database.open().await, database.raw().await);
+    let node = Node::start(&store, "a", at(0)).await;
+    let older = node.open(uid(1), at(10)).await;
+    let newer = node.open(uid(1), at(20)).await;
+    update(&store, report(&newer, uid(1), at(21))).await;
+    let before =
+        (history(&store, uid(1)).await, store.get_agent(uid(1)).await, status_log(&raw, uid(1)).await);
+    for reason in [CloseReason::ConnectionLost, CloseReason::ServerShutdown, CloseReason::UidReassigned] {
+        let late = node.end(&older, uid(1), reason, at(30)).await;
+        assert_eq!((late.duration_seconds, late.status), (None, None));
+    }
+    let after =
+        (history(&store, uid(1)).await, store.get_agent(uid(1)).await, status_log(&raw, uid(1)).await);
+    assert_eq!(before, after);
+}
+
+/// An end known in memory is written ahead of the newcomer that shares its batch, wherever it stands in it.
+pub(super) async fn an_end_queued_ahead_of_a_newcomer_keeps_its_reason(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    let older = node.open(uid(1), at(10)).await;
+    let end = node.end_of(&older, uid(1), CloseReason::ConnectionLost, at(15));
+    let batch = [Write::CreateConnection(node.arrival(uid(1), at(20))), Write::UpdateConnection(end)];
+    let mut written = store.write(&batch).await.expect("the batch is written");
+    let newer = opened(written.remove(0));
+    assert_eq!(newer.displaced, None);
+    assert_eq!(newer.status.map(|change| change.reason), Some("returned".to_owned()));
+    let rows = history(&store, uid(1)).await;
+    assert_eq!(rows[0].disconnect_reason.as_deref(), Some("connection_lost"));
+    assert_eq!((rows[0].disconnected_at, rows[0].disconnected_by), (Some(at(15)), None));
+    assert_eq!(row(&store, uid(1)).await.status, Status::Online);
+    assert_true_history(&store, uid(1)).await;
+}
+
+/// A node whose clock is behind cannot put a connection before what is on record.
+pub(super) async fn moments_of_an_agent_never_go_back(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    let first = node.open(uid(1), at(100)).await;
+    let second = node.open(uid(1), at(90)).await;
+    assert_eq!(second.connected_at, at(100), "not before the row it displaces");
+    node.end(&second, uid(1), CloseReason::ClosedByAgent, at(110)).await;
+    let third = node.open(uid(1), at(105)).await;
+    assert_eq!(third.connected_at, at(110), "not before the end of the last one");
+    let mut unseen = node.end_of(&third, uid(1), CloseReason::InternalError, at(120));
+    unseen.disconnected_by = Some(at(130));
+    end(&store, unseen).await;
+    let fourth = node.open(uid(1), at(125)).await;
+    assert_eq!(fourth.connected_at, at(130), "not before the last end was known");
+    assert_true_history(&store, uid(1)).await;
+    let agent = row(&store, uid(1)).await;
+    assert_eq!((agent.last_connected_at, agent.last_disconnected_at), (Some(at(130)), Some(at(120))));
+    assert!(first.connection_id < fourth.connection_id);
+}
+
+/// The log of an agent's status is in the order of its moments, and each line begins where the one before it ended.
+pub(super) async fn the_status_log_never_goes_back(database: &Database) {
+    let (store, raw) = (database.open().await, database.raw().await);
+    let node = Node::start(&store, "a", at(0)).await;
+    let first = node.open(uid(1), at(10)).await;
+    let mut silent = node.end_of(&first, uid(1), CloseReason::HeartbeatTimeout, at(20));
+    silent.disconnected_by = Some(at(50));
+    end(&store, silent).await;
+    node.visit(uid(1), at(30), at(40)).await;
+    store.delete_agent(uid(1), at(35)).await.expect("the store answers");
+    let log = status_log(&raw, uid(1)).await;
+    let words: Vec<&str> = log.iter().map(|(_, _, to, ..)| to.as_str()).collect();
+    assert_eq!(words, ["online", "offline", "online", "offline", "retired"]);
+    assert!(log.windows(2).all(|pair| pair[0].0 <= pair[1].0), "{log:?}");
+    assert!(log.windows(2).all(|pair| Some(&pair[0].2) == pair[1].1.as_ref()), "{log:?}");
+    assert_eq!(row(&store, uid(1)).await.status_since, log[4].0);
+}
+
+/// Two stays that ended in an orderly way are two rows, each with its own bounds.
+pub(super) async fn two_clean_stays_are_two_rows(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    node.visit(uid(1), at(10), at(20)).await;
+    node.visit(uid(1), at(20), at(30)).await;
+    let rows = history(&store, uid(1)).await;
+    let bounds: Vec<_> = rows.iter().map(|row| (row.connected_at, row.disconnected_at)).collect();
+    assert_eq!(bounds, [(at(10), Some(at(20))), (at(20), Some(at(30)))]);
+    assert_true_history(&store, uid(1)).await;
+}
+
+/// A batch whose answer was lost is written again: the connection it opened is found, not displaced.
+pub(super) async fn an_opening_done_again_is_the_same_row(database: &Database) {
+    let (store, raw) = (database.open().await, database.raw().await);
+    let node = Node::start(&store, "a", at(0)).await;
+    for new in
+        [node.arrival(uid(1), at(10)), NewConnection { continues_since: None, ..node.poll(uid(2), at(10)) }]
+    {
+        let agent = new.agent;
+        let first = create(&store, new.clone()).await;
+        let again = create(&store, new).await;
+        assert_eq!((again.connection_id, again.displaced), (first.connection_id, None));
+        assert_eq!(only_row(&store, agent).await.disconnected_at, None);
+        assert_eq!(status_log(&raw, agent).await.len(), 1);
+    }
+}
+
+/// Who waits for an agent's row decides on what it finds once it has the row, signs of life included.
+pub(super) async fn an_opening_sees_what_was_committed_while_it_waited(database: &Database) {
+    let (store, raw) = (database.open().await, database.raw().await);
+    let node = Node::start(&store, "a", at(0)).await;
+    let older = node.open(uid(1), at(10)).await;
+    update(&store, report(&older, uid(1), at(11))).await;
+    let agent = raw.literal(uid(1));
+    let seen = raw.moment(at(20));
+    let holder = raw
+        .hold(&[
+            format!("UPDATE agents SET updated_at = updated_at WHERE id = {agent}"),
+            format!(
+                "UPDATE agent_liveness SET last_seen_at = {seen}, sequence_num = 7 WHERE agent_id = {agent}"
+            ),
+        ])
+        .await;
+    let arrival = node.arrival(uid(1), at(30));
+    let opening = create(&store, arrival);
+    let release = async {
+        raw.until_somebody_waits().await;
+        holder.commit().await;
+    };
+    let (newer, ()) = tokio::join!(opening, release);
+    assert_eq!(newer.agent.sequence_num, Some(7));
+    assert_eq!(newer.displaced.map(|displaced| displaced.duration_seconds), Some(10));
+    assert_eq!(history(&store, uid(1)).await[0].disconnected_at, Some(at(20)));
+}
