@@ -255,13 +255,15 @@ impl History {
         reason: CloseReason,
         noticed: Noticed,
     ) -> Option<EndTicket> {
+        // Before the link is left: whether it was shared decides what counts as a sign of life.
+        let heard = connection.last_seen();
         if !connection.claim_end(reason) {
             return None;
         }
         let clock = &self.shared.clock;
         let now = clock.now();
         let beat = connection.pulse.beat();
-        let last_seen_at = clock.moment(beat.last_seen(connection.transport, &connection.link)).min(now);
+        let last_seen_at = clock.moment(heard).min(now);
         let seen = noticed == Noticed::Seen;
         let sighted = Moment::from_micros(connection.sighted.load(Ordering::Relaxed));
         let server_caused = reason.cause() == Cause::Server;

@@ -150,8 +150,8 @@ pub struct Beat {
     pub unsaved: bool,
     /// True where the agent promises heartbeats.
     pub heartbeats: bool,
-    /// What was last handed to the store: when it was seen and its number.
-    flushed: (Tick, Option<u64>),
+    /// What the store was last told: when it was seen and its number.
+    told: (Tick, Option<u64>),
     /// Gaps between polls in milliseconds, the newest first; 0 = none yet.
     gaps: [u32; GAPS],
     /// Mere signs of life since the last harvest.
@@ -167,7 +167,7 @@ impl Pulse {
             number,
             unsaved: false,
             heartbeats: false,
-            flushed: (tick, number),
+            told: (tick, number),
             gaps: [0; GAPS],
             quiet_reports: 0,
         };
@@ -220,18 +220,19 @@ impl Pulse {
         self.with(|beat| beat.unsaved = false);
     }
 
-    /// What has to be stored of a connection last seen at `seen`: nothing while a change is
-    /// unsaved, and nothing where all is stored.
+    /// What the store has to be told of a connection last seen at `seen`: nothing while a change is
+    /// unsaved, and nothing where it knows.
     #[must_use]
-    pub fn take_sighting(&self, seen: Tick) -> Option<(Tick, Option<u64>)> {
+    pub fn untold(&self, seen: Tick) -> Option<(Tick, Option<u64>)> {
         self.with(|beat| {
             let sighting = (seen.max(beat.last_report), beat.number);
-            if beat.unsaved || sighting == beat.flushed {
-                return None;
-            }
-            beat.flushed = sighting;
-            Some(sighting)
+            (!beat.unsaved && sighting != beat.told).then_some(sighting)
         })
+    }
+
+    /// Notes what the store was told.
+    pub fn told(&self, sighting: (Tick, Option<u64>)) {
+        self.with(|beat| beat.told = sighting);
     }
 
     /// Mere signs of life since the last call.
@@ -330,10 +331,12 @@ mod tests {
     fn nothing_is_flushed_while_a_change_is_unsaved() {
         let pulse = Pulse::starting(at(0), Some(4));
         pulse.reported(at(1), true);
-        assert_eq!(pulse.take_sighting(at(1)), None, "the stored number never passes the stored state");
+        assert_eq!(pulse.untold(at(1)), None, "the stored number never passes the stored state");
         pulse.settled(Some(5), false, false);
-        assert_eq!(pulse.take_sighting(at(1)), Some((at(1), Some(5))));
-        assert_eq!(pulse.take_sighting(at(1)), None, "once is enough");
-        assert_eq!(pulse.take_sighting(at(2)), Some((at(2), Some(5))));
+        assert_eq!(pulse.untold(at(1)), Some((at(1), Some(5))));
+        assert_eq!(pulse.untold(at(1)), Some((at(1), Some(5))), "until the store was told");
+        pulse.told((at(1), Some(5)));
+        assert_eq!(pulse.untold(at(1)), None, "once is enough");
+        assert_eq!(pulse.untold(at(2)), Some((at(2), Some(5))));
     }
 }

@@ -210,8 +210,9 @@ impl Server {
         self.links.close();
         let _some_peers_never_answer = tokio::time::timeout_at(deadline, self.links.wait()).await;
         let now = self.services.clock.now();
-        if let Err(error) = self.store.0.end_node(self.node_id, now).await {
-            tracing::warn!(%error, "the node's end is not on record");
+        let ending = tokio::time::timeout_at(deadline + GRACE / 4, self.store.0.end_node(self.node_id, now));
+        if !matches!(ending.await, Ok(Ok(()))) {
+            tracing::warn!("the node's end is not on record");
         }
         self.stops.writing.cancel();
         let _nothing_left_to_wait_for = tokio::time::timeout_at(deadline + GRACE / 4, async {

@@ -1,7 +1,7 @@
 //! REST for operators: reads the store and knows nothing of sockets or sessions.
 //!
-//! Routes are a resource a file; [`access`] says who may call, [`error`] is every problem that is
-//! answered, [`page`] the cursor of every list. What is documented in `/openapi.json` is generated
+//! Routes are a resource a file; `access` says who may call, `error` is every problem that is
+//! answered, `page` the cursor of every list. What is documented in `/openapi.json` is generated
 //! from the handlers themselves.
 
 mod access;

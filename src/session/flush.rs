@@ -22,13 +22,13 @@ pub async fn run(services: Arc<Services>, interval: Duration, stop: Cancellation
 }
 
 async fn flush(services: &Services) {
-    let mut sightings = Vec::new();
+    let (mut sightings, mut told) = (Vec::new(), Vec::new());
     for connection in services.hub.connections() {
         count(services, &connection);
         if connection.ended().is_some() {
             continue;
         }
-        if let Some((seen, sequence_num)) = connection.pulse.take_sighting(connection.last_seen()) {
+        if let Some((seen, sequence_num)) = connection.pulse.untold(connection.last_seen()) {
             let at = services.clock.moment(seen);
             connection.note_sighting(at);
             sightings.push(Sighting {
@@ -37,13 +37,19 @@ async fn flush(services: &Services) {
                 at,
                 sequence_num,
             });
+            told.push((connection, (seen, sequence_num)));
         }
     }
     if sightings.is_empty() {
         return;
     }
     match services.store.update_last_seen(&sightings).await {
-        Ok(stored) => services.metrics.sightings.increment(stored),
+        Ok(stored) => {
+            services.metrics.sightings.increment(stored);
+            for (connection, sighting) in told {
+                connection.pulse.told(sighting);
+            }
+        }
         Err(error) => {
             services.metrics.store_failures.increment(1);
             tracing::warn!(%error, agents = sightings.len(), "signs of life wait for the next flush");

@@ -1,7 +1,7 @@
 //! The agents' listener: one URL, two transports. How bytes come and go; knows no SQL.
 //!
 //! [`Listener`] accepts sockets and dispatches each request: path, then token, then by media type to
-//! [`polling`] or to a WebSocket upgrade and its [`websocket`] task. Everything that can be refused
+//! `polling` or to a WebSocket upgrade and its `websocket` task. Everything that can be refused
 //! is refused here, before the upgrade.
 
 mod admission;

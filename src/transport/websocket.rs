@@ -95,7 +95,7 @@ enum End {
     ClosedByPeer,
     /// The transport broke, as seen by reading.
     Broken,
-    /// The transport broke, as seen by writing: nobody knows when.
+    /// The transport broke by a reset or a failed write: nobody knows when the peer was gone.
     Unwritable,
 }
 
@@ -251,8 +251,9 @@ impl Agents {
                 failures.of(DecodeFailure::TooLarge).increment(1);
                 End::Close(CloseReason::MessageTooLarge)
             }
+            // A reset may answer our own ping, long after the peer was gone: it proves nothing.
+            Error::Io(_) => End::Unwritable,
             Error::Protocol(ProtocolError::ResetWithoutClosingHandshake)
-            | Error::Io(_)
             | Error::ConnectionClosed
             | Error::AlreadyClosed => End::Broken,
             Error::Utf8(_) => {

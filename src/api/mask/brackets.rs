@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
-use super::{Meaning, Pair, Quoted, Scan, is_name};
+use super::{Meaning, Pair, Quoted, Scan, is_blank, is_name};
+
+/// How often, in lengths of the text, brackets may be followed in vain; then they count within a line.
+const TRIES: usize = 4;
 
 /// An open bracket.
 struct Bracket {
@@ -16,20 +19,31 @@ struct Bracket {
 }
 
 impl Scan<'_> {
-    /// Scans from the bracket at `at` to the one that closes it; `None` and no trace if nothing does.
-    pub(super) fn brackets(&mut self, at: usize, secret: bool) -> Option<usize> {
-        let limit = if self.brackets_open { self.line_end(at) } else { self.bytes.len() };
+    /// Scans from the bracket at `at`, which stands in a line with this `indent`, to the one that
+    /// closes it; `None` and no trace if nothing does.
+    pub(super) fn brackets(&mut self, at: usize, indent: usize, secret: bool) -> Option<usize> {
+        let long = self.futile <= TRIES * self.bytes.len();
+        let limit = if long { self.bytes.len() } else { self.line_end(at) };
         let hidden = self.hidden.len();
-        let after = self.within(at..limit, secret, true);
-        if after.is_none() {
-            self.hidden.truncate(hidden);
-            self.brackets_open = true;
+        match self.within(at..limit, secret, Some(indent)) {
+            Ok(after) => Some(after),
+            Err(given_up) => {
+                self.hidden.truncate(hidden);
+                self.futile += given_up.saturating_sub(at);
+                None
+            }
         }
-        after
     }
 
-    /// Scans from the bracket at the start of `range` to the one that closes it, at most to the end.
-    pub(super) fn within(&mut self, range: Range<usize>, secret: bool, strict: bool) -> Option<usize> {
+    /// Scans from the bracket at the start of `range` to the one that closes it; the end of `range` will
+    /// do too, unless an `indent` says that it must close, and before a line that is indented less.
+    /// `Err` is the place where that became impossible.
+    pub(super) fn within(
+        &mut self,
+        range: Range<usize>,
+        secret: bool,
+        indent: Option<usize>,
+    ) -> Result<usize, usize> {
         let mut open: Vec<Bracket> = Vec::new();
         let mut at = range.start;
         while at < range.end {
@@ -41,12 +55,15 @@ impl Scan<'_> {
                 }
                 b'}' | b']' => {
                     let from = open.pop().map_or(at, |bracket| bracket.from);
-                    let Some(top) = open.last_mut() else { return Some(at + 1) };
+                    let Some(top) = open.last_mut() else { return Ok(at + 1) };
                     if top.means(Meaning::Value) {
                         top.pair.value = Some(from..at + 1);
                     }
                 }
                 b'\n' | b',' => {
+                    if self.dedents(at..at + 1, indent) {
+                        return Err(at);
+                    }
                     if let Some(top) = open.last_mut() {
                         top.fresh = true;
                         top.key = top.key.filter(|_| byte == b'\n');
@@ -60,14 +77,14 @@ impl Scan<'_> {
                 }
                 b' ' | b'\t' | b'\r' | b':' | b'=' => {}
                 _ => {
-                    let top = open.last_mut()?;
-                    at = self.element(at, range.end, top, strict)?;
+                    let Some(top) = open.last_mut() else { return Err(at) };
+                    at = self.element(at..range.end, top, indent)?;
                     continue;
                 }
             }
             at += 1;
         }
-        (!strict).then_some(range.end)
+        if indent.is_none() { Ok(range.end) } else { Err(range.end) }
     }
 
     fn comment(&self, at: usize, end: usize) -> bool {
@@ -75,12 +92,29 @@ impl Scan<'_> {
         apart && (self.bytes[at] == b'#' || (at + 1 < end && self.bytes[at + 1] == b'/'))
     }
 
-    /// A key or a scalar; answers where it ends, `None` where a quote does not.
-    fn element(&mut self, at: usize, end: usize, top: &mut Bracket, strict: bool) -> Option<usize> {
+    /// Whether a line that begins in `range` is indented less.
+    fn dedents(&self, range: Range<usize>, indent: Option<usize>) -> bool {
+        let Some(indent) = indent else { return false };
+        range.into_iter().filter(|&at| self.bytes[at] == b'\n').any(|at| {
+            let blanks = self.bytes[at + 1..].iter().take(indent).take_while(|&&byte| is_blank(byte)).count();
+            let next = self.bytes.get(at + 1 + blanks);
+            blanks < indent && next.is_some_and(|&next| next != b'\n')
+        })
+    }
+
+    /// A key or a scalar at the start of `range`; answers where it ends.
+    fn element(
+        &mut self,
+        range: Range<usize>,
+        top: &mut Bracket,
+        indent: Option<usize>,
+    ) -> Result<usize, usize> {
+        let Range { start: at, end } = range;
         let quoted = matches!(self.bytes[at], b'"' | b'\'');
         let content = match quoted.then(|| self.quoted_within(at, end)) {
+            Some(Some(content)) if self.dedents(content.inner.clone(), indent) => return Err(content.after),
             Some(Some(content)) => content,
-            Some(None) if strict => return None,
+            Some(None) if indent.is_some() => return Err(end),
             Some(None) => Quoted { inner: at + 1..end, after: end },
             None => self.plain(at, end, top),
         };
@@ -91,11 +125,11 @@ impl Scan<'_> {
             let arrow = self.bytes.get(next + 1) == Some(&b'>');
             top.key = Some((self.meaning(content.inner), sign == Some(b':')));
             top.fresh = false;
-            return Some(next + 1 + usize::from(arrow));
+            return Ok(next + 1 + usize::from(arrow));
         }
         let after = content.after;
         self.scalar(content.inner, top);
-        Some(after)
+        Ok(after)
     }
 
     /// An unquoted key or scalar; one that ends at `:` or `=` is a key.

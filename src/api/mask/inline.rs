@@ -57,7 +57,11 @@ impl Scan<'_> {
         let slashes = (start..range.end).take_while(|&at| self.bytes[at] == b'\\').count();
         let quote = self.bytes.get(start + slashes).filter(|&&byte| matches!(byte, b'"' | b'\''));
         let (start, end) = match (sign, quote) {
-            (b'>', _) => (start, self.find(start..range.end, |byte| byte == b'<')),
+            (b'>', _) => {
+                let end = self.find(start..range.end, |byte| byte == b'<');
+                let closes = self.bytes[end..range.end].starts_with(b"</");
+                (if closes { start } else { end }, end)
+            }
             (_, Some(_)) if start + slashes < range.end => {
                 let inner = start + slashes + 1;
                 (inner, self.nested_closing(start + slashes, slashes, range.end).unwrap_or(range.end))

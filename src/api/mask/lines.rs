@@ -33,6 +33,8 @@ pub(super) struct Lines {
     section: Option<bool>,
     /// YAML's `? key`, with a secret's name.
     explicit: bool,
+    /// Indentation of the present line.
+    indent: usize,
     /// The open maps, innermost last.
     levels: Vec<Level>,
     /// A `"` or `'` was found that nothing closes; from then on such a text ends in its line.
@@ -53,6 +55,7 @@ impl Scan<'_> {
             return end + 1;
         }
         let indent = start - at;
+        self.lines.indent = indent;
         if self.rest_of_scalar(start, indent, end) {
             return end + 1;
         }
@@ -151,6 +154,9 @@ impl Scan<'_> {
             match self.bytes[at] {
                 b'"' | b'\'' if at == start || self.bytes[at - 1] == b'.' => {
                     let Some(Quoted { inner, after }) = self.quoted_within(at, end) else {
+                        if !equals && at == start {
+                            return None;
+                        }
                         at += 1;
                         continue;
                     };
@@ -274,7 +280,7 @@ impl Scan<'_> {
                 }
             }
             b'{' | b'[' => {
-                if let Some(after) = self.brackets(value, true) {
+                if let Some(after) = self.brackets(value, self.lines.indent, true) {
                     return self.after_secret(after);
                 }
                 self.go_below(column, true);
@@ -311,9 +317,9 @@ impl Scan<'_> {
 
     /// Scans the bracket at `at`; answers where the next line starts.
     fn open(&mut self, at: usize) -> usize {
-        let after = self.brackets(at, false).unwrap_or_else(|| {
+        let after = self.brackets(at, self.lines.indent, false).unwrap_or_else(|| {
             let end = self.line_end(at);
-            self.within(at..end, false, false).unwrap_or(end)
+            self.within(at..end, false, None).unwrap_or(end)
         });
         let end = self.line_end(after);
         self.inline(after..end);

@@ -50,13 +50,8 @@ pub(super) fn mask_value(document: &mut Value) {
 
 /// The text with its secrets replaced by `***`. References such as `${env:NAME}` stay.
 pub(super) fn mask(text: &str) -> String {
-    let mut scan = Scan {
-        text,
-        bytes: text.as_bytes(),
-        hidden: Vec::new(),
-        lines: Lines::default(),
-        brackets_open: false,
-    };
+    let mut scan =
+        Scan { text, bytes: text.as_bytes(), hidden: Vec::new(), lines: Lines::default(), futile: 0 };
     let mut at = 0;
     while at < text.len() {
         at = scan.line(at);
@@ -90,8 +85,8 @@ struct Scan<'a> {
     bytes: &'a [u8],
     hidden: Vec<Range<usize>>,
     lines: Lines,
-    /// A bracket was found that nothing closes; from then on brackets count within their line only.
-    brackets_open: bool,
+    /// How many bytes were scanned for brackets that nothing closed.
+    futile: usize,
 }
 
 /// A scalar: its content, and where it ends with its closing quote.
@@ -388,6 +383,8 @@ mod tests {
             "token: {hunter2\n  hunter2",
             "a: 'tis\ntoken: hunter2\n",
             "a: \"x\n\ntoken: hunter2",
+            "x: |\n  {\nhunter: y\npassword: |\n  hunter2:}\nz: }",
+            "tokens: [\n  \"a\",\n  \"hunter2 :",
             "]}token: hunter2",
             "\"token: hunter2",
             "token: \"hunter2\\\"",
@@ -497,6 +494,7 @@ mod tests {
             "image: org/token-service:1.2\narn: a:secret:b\nx: std::token::Y",
             "auth:\n  authenticator: bearertokenauth\n",
             "max: 5 # tokens\n",
+            "regex: '^(?P<time>\\d{4}) (?P<token>[^ ]*) (?P<msg>.*)$'\n",
         ]);
         shows(&[("token_profile: abc", "token_profile: ***")]);
     }
