@@ -98,18 +98,22 @@ impl<'de> Deserialize<'de> for Moment {
     }
 }
 
-/// A point of this process's monotonic time: microseconds since the clock was made.
+/// How long before the making of a clock its ticks begin, so that what was last heard before a
+/// start still has a tick: longer than any poller may be silent.
+const HEAD_START: Duration = Duration::from_hours(48);
+
+/// A point of this process's monotonic time: microseconds since two days before the clock was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Tick(u64);
 
 impl Tick {
-    /// The tick `micros` microseconds after the clock was made.
+    /// The tick `micros` microseconds after the first one.
     #[must_use]
     pub const fn from_micros(micros: u64) -> Self {
         Self(micros)
     }
 
-    /// Microseconds since the clock was made.
+    /// Microseconds since the first tick.
     #[must_use]
     pub const fn as_micros(self) -> u64 {
         self.0
@@ -119,6 +123,12 @@ impl Tick {
     #[must_use]
     pub fn after(self, later: Duration) -> Self {
         Self(self.0.saturating_add(u64::try_from(later.as_micros()).unwrap_or(u64::MAX)))
+    }
+
+    /// The tick `earlier` before this one, or the first one.
+    #[must_use]
+    pub fn before(self, earlier: Duration) -> Self {
+        Self(self.0.saturating_sub(u64::try_from(earlier.as_micros()).unwrap_or(u64::MAX)))
     }
 
     /// The time from `earlier` to this tick; zero where `earlier` is the later one.
@@ -131,8 +141,9 @@ impl Tick {
 /// Tells moments and ticks; cheap to clone, all clones share one anchor.
 #[derive(Clone, Debug)]
 pub struct Clock {
-    origin: Instant,
-    /// Moment of tick zero, in microseconds since the Unix epoch.
+    /// When the clock was made: [`HEAD_START`] after the first tick.
+    made: Instant,
+    /// Moment of the first tick, in microseconds since the Unix epoch.
     zero: Arc<AtomicI64>,
 }
 
@@ -140,7 +151,7 @@ impl Clock {
     /// A clock that reads `now` at this instant.
     #[must_use]
     pub fn anchored(now: Moment) -> Self {
-        Self { origin: Instant::now(), zero: Arc::new(AtomicI64::new(now.0)) }
+        Self { made: Instant::now(), zero: Arc::new(AtomicI64::new(now.before(HEAD_START).0)) }
     }
 
     /// Sets the clock so that it read `measured` at `tick`.
@@ -152,7 +163,7 @@ impl Clock {
     /// The present tick.
     #[must_use]
     pub fn tick(&self) -> Tick {
-        Tick(u64::try_from(self.origin.elapsed().as_micros()).unwrap_or(u64::MAX))
+        Tick::default().after(HEAD_START + self.made.elapsed())
     }
 
     /// The present moment.
@@ -168,10 +179,10 @@ impl Clock {
         Moment(zero.saturating_add(i64::try_from(tick.0).unwrap_or(i64::MAX)))
     }
 
-    /// The instant of `tick`, for timers.
+    /// The instant of `tick`, for timers; one before the clock was made has passed.
     #[must_use]
     pub fn instant(&self, tick: Tick) -> Instant {
-        self.origin + Duration::from_micros(tick.0)
+        self.made + Duration::from_micros(tick.0).saturating_sub(HEAD_START)
     }
 }
 
@@ -208,5 +219,7 @@ mod tests {
         clock.anchor(Moment::from_micros(9_000_000), tick);
         assert_eq!(clock.tick(), tick);
         assert_eq!(clock.moment(tick), Moment::from_micros(9_000_000));
+        let last_heard = tick.before(Duration::from_hours(1));
+        assert_eq!(clock.now().since(clock.moment(last_heard)), Duration::from_hours(1), "before the start");
     }
 }

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
-use tokio::sync::{Notify, oneshot};
+use tokio::sync::{Notify, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -18,6 +18,7 @@ use crate::agent::InstanceUid;
 use crate::clock::{Clock, Moment, Tick};
 use crate::close::{Cause, CloseReason};
 use crate::metrics::Metrics;
+use crate::outage::Outage;
 use crate::pulse::{Expectations, Link, Pulse};
 use crate::store::{
     AgentUpdate, ConnectionEnd, Ended, NewConnection, Opened, StatusChange, Store, StoreError, Transport,
@@ -100,6 +101,12 @@ impl OpenConnection {
         self.link.wake();
     }
 
+    /// For a poller whose pace is known: how long it may be silent.
+    #[must_use]
+    pub fn poll_silence(&self, expected: &Expectations) -> Option<Duration> {
+        if self.transport == Transport::Http { self.pulse.beat().poll_silence(expected) } else { None }
+    }
+
     /// When it was last heard.
     #[must_use]
     pub fn last_seen(&self) -> Tick {
@@ -137,6 +144,8 @@ struct Job {
     write: Write,
     /// The connection that a write ends: its link is told once that is on record.
     ends: Option<Arc<OpenConnection>>,
+    /// True where it was postponed before.
+    postponed: bool,
     answer: oneshot::Sender<Result<Written, StoreError>>,
 }
 
@@ -154,12 +163,15 @@ struct Shared {
     store: Arc<dyn Store>,
     clock: Clock,
     metrics: Arc<Metrics>,
+    outage: Arc<Outage>,
     node_id: Uuid,
     node_seq: AtomicI64,
     expected: Expectations,
     inbox: Mutex<VecDeque<Job>>,
     arrived: Notify,
     pending_verdict: Notify,
+    /// How many ends are not on record.
+    unrecorded: watch::Sender<usize>,
 }
 
 impl std::fmt::Debug for Shared {
@@ -181,6 +193,8 @@ pub struct History {
 #[derive(Debug)]
 pub struct Writer {
     shared: Arc<Shared>,
+    /// How many writes share one commit at present: fewer while the store cannot take so many in time.
+    limit: usize,
 }
 
 impl History {
@@ -190,6 +204,7 @@ impl History {
         store: Arc<dyn Store>,
         clock: Clock,
         metrics: Arc<Metrics>,
+        outage: Arc<Outage>,
         node_id: Uuid,
         expected: Expectations,
     ) -> (Self, Writer) {
@@ -197,14 +212,16 @@ impl History {
             store,
             clock,
             metrics,
+            outage,
             node_id,
             node_seq: AtomicI64::new(0),
             expected,
             inbox: Mutex::default(),
             arrived: Notify::new(),
             pending_verdict: Notify::new(),
+            unrecorded: watch::Sender::new(0),
         });
-        (Self { shared: Arc::clone(&shared) }, Writer { shared })
+        (Self { shared: Arc::clone(&shared) }, Writer { shared, limit: BATCH_LIMIT })
     }
 
     /// Opens a connection whose first report came at `heard`; it is durable when this returns.
@@ -217,7 +234,6 @@ impl History {
         last_proof: Option<Tick>,
     ) -> Result<Opened, StoreError> {
         let now = self.shared.clock.moment(heard);
-        let polls_since = now.before(self.shared.expected.first_poll());
         let new = NewConnection {
             agent,
             transport,
@@ -226,11 +242,11 @@ impl History {
             node_seq: self.shared.node_seq.fetch_add(1, Ordering::Relaxed),
             at: now,
             last_proof: last_proof.map(|tick| self.shared.clock.moment(tick)),
-            continues_since: (transport == Transport::Http).then_some(polls_since),
+            first_poll: (transport == Transport::Http).then(|| self.shared.expected.first_poll()),
         };
         match self.push(Write::CreateConnection(new), None).await {
             Ok(Ok(Written::Created(opened))) => {
-                self.shared.metrics.connections_opened.of(transport).increment(1);
+                self.shared.metrics.connections_opened.of(transport).increment(u64::from(!opened.continued));
                 Ok(*opened)
             }
             Ok(Err(error)) => Err(error),
@@ -279,7 +295,21 @@ impl History {
             unless_seen_after: (noticed == Noticed::Unheard).then_some(last_seen_at.max(sighted)),
             node_id: self.shared.node_id,
         };
+        self.shared.unrecorded.send_modify(|ends| *ends += 1);
         Some(EndTicket(self.push(Write::UpdateConnection(end), Some(Arc::clone(connection)))))
+    }
+
+    /// How many connections have ended whose end is not on record.
+    #[must_use]
+    pub fn unrecorded(&self) -> usize {
+        *self.shared.unrecorded.borrow()
+    }
+
+    /// Waits until every end is on record.
+    pub async fn recorded(&self) {
+        // The sender lives as long as this handle.
+        let mut unrecorded = self.shared.unrecorded.subscribe();
+        let _every_end = unrecorded.wait_for(|ends| *ends == 0).await;
     }
 
     /// Waits until an end was written whose verdict is still pending.
@@ -295,7 +325,7 @@ impl History {
         let (answer, answered) = oneshot::channel();
         let length = {
             let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-            inbox.push_back(Job { write, ends, answer });
+            inbox.push_back(Job { write, ends, postponed: false, answer });
             inbox.len()
         };
         self.shared.metrics.store_backlog.set(count(length));
@@ -328,7 +358,7 @@ pub fn log_status_change(change: &StatusChange) {
 
 impl Writer {
     /// Writes until `stop` is cancelled and nothing is left to write.
-    pub async fn run(self, stop: CancellationToken) {
+    pub async fn run(mut self, stop: CancellationToken) {
         loop {
             let batch = self.take_batch();
             if !batch.is_empty() {
@@ -355,7 +385,7 @@ impl Writer {
                 (None, _) | (Some(1), Write::CreateConnection(_)) => true,
                 (Some(_), _) => false,
             };
-            if !shares || batch.len() == BATCH_LIMIT {
+            if !shares || batch.len() == self.limit {
                 break;
             }
             stages.insert(job.write.agent(), stage);
@@ -366,7 +396,7 @@ impl Writer {
     }
 
     /// Writes a batch, by halves where the store refuses it, until a culprit stands alone.
-    async fn write(&self, batch: Vec<Job>) {
+    async fn write(&mut self, batch: Vec<Job>) {
         let mut parts = vec![batch];
         while let Some(mut batch) = parts.pop() {
             let started = self.shared.clock.tick();
@@ -376,9 +406,13 @@ impl Writer {
                     let took = self.shared.clock.tick().since(started);
                     self.shared.metrics.store_commit.record(took.as_secs_f64());
                     self.shared.metrics.store_batch_size.record(count(batch.len()));
+                    self.shared.outage.written();
+                    self.limit = (self.limit * 2).min(BATCH_LIMIT);
                     self.answer(batch, written);
                 }
                 Err(error @ (StoreError::Unavailable(_) | StoreError::Conflict | StoreError::Schema(_))) => {
+                    // What the store could not do in time, it may do in smaller pieces.
+                    self.limit = (batch.len() / 2).max(1);
                     parts.push(batch);
                     self.postpone(parts.drain(..).rev().flatten().collect(), &error).await;
                 }
@@ -408,15 +442,21 @@ impl Writer {
         }
     }
 
-    /// The store is away: ends wait in their order, everything else is answered.
+    /// The store is away: ends wait in their order, openings do once, everything else is answered.
+    ///
+    /// An opening is done again because nobody knows whether it was: the answer to a commit may be
+    /// lost, and then its row would be open without an owner. The store recognises it (`node_seq`).
     async fn postpone(&self, jobs: Vec<Job>, error: &StoreError) {
-        self.shared.metrics.store_failures.increment(1);
-        tracing::warn!(%error, "the store could not take a batch of {} writes", jobs.len());
+        self.shared.outage.failed(&format!("a batch of {} writes", jobs.len()), error);
         {
             let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-            for job in jobs.into_iter().rev() {
+            for mut job in jobs.into_iter().rev() {
                 match job.write {
                     Write::UpdateConnection(_) => inbox.push_front(job),
+                    Write::CreateConnection(_) if !job.postponed => {
+                        job.postponed = true;
+                        inbox.push_front(job);
+                    }
                     Write::UpdateAgent(_) | Write::CreateConnection(_) => {
                         job.answer(Err(error.clone()));
                     }
@@ -431,6 +471,7 @@ impl Writer {
             let change = match &written {
                 Written::Agent(_) => None,
                 Written::Connection(ended) => {
+                    self.shared.unrecorded.send_modify(|ends| *ends -= 1);
                     self.count_end(&job.write, ended);
                     ended.status.as_ref()
                 }

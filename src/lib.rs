@@ -33,7 +33,7 @@
 //! ## Who may know whom
 //!
 //! From the bottom: `proto`, `clock`, `close`, `config` know nothing of ours; `agent` and `wire` know
-//! those; then `store`, `metrics`, `pulse`, `history`, `heartbeat`, `session`, `transport` and `api`
+//! those; then `store`, `metrics`, `outage`, `pulse`, `history`, `heartbeat`, `session`, `transport` and `api`
 //! beside it, `server`. SQL is spoken in `store` only, axum in `api` and `server` only, hyper in
 //! `transport` only. A test reads the sources and holds them to it.
 //!
@@ -50,6 +50,7 @@ pub mod config;
 pub mod heartbeat;
 pub mod history;
 pub mod metrics;
+pub mod outage;
 pub mod proto;
 pub mod pulse;
 pub mod server;

@@ -147,7 +147,12 @@ fn run(loaded: &Loaded, command: Option<Command>) -> anyhow::Result<()> {
 async fn serve(config: &Config, migrate: bool) -> anyhow::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
-    let server = Server::start(config, migrate).await?;
+    let server = tokio::select! {
+        server = Server::start(config, migrate) => server?,
+        // Nobody is connected yet: there is nothing to wait for.
+        _ = terminate.recv() => return Ok(()),
+        _ = interrupt.recv() => return Ok(()),
+    };
     let (agents, operators) = (server.agents_address(), server.operators_address());
     let path = &config.agents.path;
     tracing::info!("agents connect at ws://{agents}{path} or http://{agents}{path}");

@@ -347,6 +347,18 @@ impl Metrics {
         metrics
     }
 
+    /// Counts mere signs of life, and the acknowledgements that answered them.
+    pub fn count_quiet(&self, reports: u32) {
+        self.reports.of(Kind::Continued).increment(reports.into());
+        self.offers.of(OfferKind::Acknowledgement).increment(reports.into());
+    }
+
+    /// Counts bytes received and sent.
+    pub fn count_bytes(&self, (received, sent): (u64, u64)) {
+        self.bytes.of(Direction::Received).increment(received);
+        self.bytes.of(Direction::Sent).increment(sent);
+    }
+
     /// The text of `/metrics`.
     #[must_use]
     pub fn render(&self) -> String {

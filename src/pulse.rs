@@ -16,6 +16,9 @@ use crate::store::Transport;
 /// Polls that are expected even of the slowest poller: at least one an hour.
 const LONGEST_POLL_DEADLINE: Duration = Duration::from_hours(1);
 
+/// A poller is silent once it missed this many of its own gaps.
+const SILENT_GAPS: u32 = 3;
+
 /// How many gaps between polls are remembered.
 const GAPS: usize = 5;
 
@@ -174,6 +177,15 @@ impl Pulse {
         Self { beat: Mutex::new(beat) }
     }
 
+    /// The pulse of a poller that goes on, with how long it may be silent if that is on record.
+    #[must_use]
+    pub fn resuming(tick: Tick, number: Option<u64>, silence: Option<Duration>) -> Self {
+        let pulse = Self::starting(tick, number);
+        let gap = silence.and_then(|silence| u32::try_from((silence / SILENT_GAPS).as_millis()).ok());
+        pulse.with(|beat| beat.gaps[0] = gap.unwrap_or(0));
+        pulse
+    }
+
     fn with<T>(&self, act: impl FnOnce(&mut Beat) -> T) -> T {
         let mut beat = self.beat.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         act(&mut beat)
@@ -246,7 +258,9 @@ impl Beat {
     #[must_use]
     pub fn deadline(&self, transport: Transport, link: &Link, expected: &Expectations) -> Tick {
         match transport {
-            Transport::Http => self.last_report.after(self.longest_silence(expected)),
+            Transport::Http => {
+                self.last_report.after(self.poll_silence(expected).unwrap_or(expected.first_poll()))
+            }
             Transport::Websocket if link.is_shared() && self.heartbeats => {
                 self.last_report.after(expected.timeout.max(expected.interval * 3))
             }
@@ -264,14 +278,12 @@ impl Beat {
         }
     }
 
-    /// How long a poller may be silent: three times the longest of its last gaps.
+    /// How long a poller may be silent: three times the longest of its last gaps; none before its second poll.
     #[must_use]
-    fn longest_silence(&self, expected: &Expectations) -> Duration {
-        let longest = self.gaps.iter().copied().max().unwrap_or(0);
-        if longest == 0 {
-            return expected.first_poll();
-        }
-        expected.timeout.max((Duration::from_millis(longest.into()) * 3).min(LONGEST_POLL_DEADLINE))
+    pub fn poll_silence(&self, expected: &Expectations) -> Option<Duration> {
+        let longest = self.gaps.iter().copied().max().filter(|longest| *longest > 0)?;
+        let silence = Duration::from_millis(longest.into()) * SILENT_GAPS;
+        Some(expected.timeout.max(silence.min(LONGEST_POLL_DEADLINE)))
     }
 }
 
@@ -325,6 +337,9 @@ mod tests {
         assert_eq!(deadline(&pulse), at(170), "the long gap is forgotten after five polls");
         pulse.reported(at(100_000), false);
         assert_eq!(deadline(&pulse), at(103_600), "at most one hour");
+        let silence = pulse.beat().poll_silence(&EXPECTED);
+        let restored = Pulse::resuming(at(200_000), None, silence);
+        assert_eq!(deadline(&restored), at(203_600), "its pace outlives a restart");
     }
 
     #[test]
@@ -332,6 +347,7 @@ mod tests {
         let pulse = Pulse::starting(at(0), Some(4));
         pulse.reported(at(1), true);
         assert_eq!(pulse.untold(at(1)), None, "the stored number never passes the stored state");
+        assert_eq!(pulse.number(), None, "nor does the one that a successor goes on with");
         pulse.settled(Some(5), false, false);
         assert_eq!(pulse.untold(at(1)), Some((at(1), Some(5))));
         assert_eq!(pulse.untold(at(1)), Some((at(1), Some(5))), "until the store was told");

@@ -17,12 +17,13 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::api::{self, ApiState};
-use crate::clock::{Clock, Tick};
+use crate::clock::Clock;
 use crate::close::CloseReason;
 use crate::config::Config;
 use crate::heartbeat::HeartbeatMonitor;
 use crate::history::{History, Noticed, OpenConnection, Writer};
 use crate::metrics::Metrics;
+use crate::outage::Outage;
 use crate::pulse::{Expectations, Link, Pulse};
 use crate::session::hub::Hub;
 use crate::session::{Services, flush};
@@ -147,8 +148,14 @@ impl Server {
 
         let links = TaskTracker::new();
         let admission = Arc::new(Admission::new(limits(config, max_connections)));
-        let listener = Listener::new(agents, Arc::clone(&services), Arc::clone(&admission), links.clone());
-        own(&mut owners, "agents' listener", listener.run(stops.flushing.clone()));
+        let listener = Listener::new(
+            agents,
+            Arc::clone(&services),
+            Arc::clone(&admission),
+            links.clone(),
+            stops.flushing.clone(),
+        );
+        own(&mut owners, "agents' listener", listener.run());
         let stopping = Arc::new(AtomicBool::new(false));
         let router = api::router(api_state(config, &services, Arc::clone(&stopping)));
         own(&mut owners, "operators' listener", serve_operators(operators, router, stops.writing.clone()));
@@ -201,14 +208,16 @@ impl Server {
         self.services.closing.store(true, Ordering::Relaxed);
         self.admission.close();
         self.stops.judging.cancel();
-        let unrecorded =
-            tokio::time::timeout_at(deadline, self.end_connections()).await.unwrap_or_else(|_| {
-                self.services.hub.connections().iter().filter(|connection| !connection.is_recorded()).count()
-            });
+        let _store_may_be_away = tokio::time::timeout_at(deadline, self.end_connections()).await;
         self.admission.dismiss();
         self.stops.flushing.cancel();
         self.links.close();
-        let _some_peers_never_answer = tokio::time::timeout_at(deadline, self.links.wait()).await;
+        let _some_peers_never_answer = tokio::time::timeout_at(deadline, async {
+            self.links.wait().await;
+            self.services.history.recorded().await;
+        })
+        .await;
+        let unrecorded = self.services.history.unrecorded() + self.still_open().await.len();
         let now = self.services.clock.now();
         let ending = tokio::time::timeout_at(deadline + GRACE / 4, self.store.0.end_node(self.node_id, now));
         if !matches!(ending.await, Ok(Ok(()))) {
@@ -223,43 +232,59 @@ impl Server {
         if unrecorded == 0 { Ok(()) } else { Err(ServerError::Unrecorded(unrecorded)) }
     }
 
-    /// Ends the connections of this node, spread over `shutdown.drain`; answers how many are not on record.
+    /// The connections that this node has to end before it stops.
     ///
-    /// Polls may land on another node, so they are ended only where there is none.
-    async fn end_connections(&self) -> usize {
-        let peers = self.store.0.has_living_peer(self.node_id).await.unwrap_or(false);
+    /// Polls may land on another node, so they go on where there is one.
+    async fn still_open(&self) -> Vec<Arc<OpenConnection>> {
         let mut connections = self.services.hub.connections();
-        connections.retain(|connection| connection.transport == Transport::Websocket || !peers);
+        connections.retain(|connection| connection.ended().is_none());
+        if connections.iter().any(|connection| connection.transport == Transport::Http)
+            && self.store.0.has_living_peer(self.node_id).await.unwrap_or(false)
+        {
+            connections.retain(|connection| connection.transport == Transport::Websocket);
+        }
+        connections
+    }
+
+    /// Ends the connections of this node, spread over `shutdown.drain`.
+    async fn end_connections(&self) {
+        // More than once, because an opening may just be on its way.
+        loop {
+            let connections = self.still_open().await;
+            if connections.is_empty() {
+                return;
+            }
+            self.drain(connections).await;
+        }
+    }
+
+    async fn drain(&self, mut connections: Vec<Arc<OpenConnection>>) {
         // Whoever shares a link leaves together.
         connections.sort_by_key(|connection| Arc::as_ptr(&connection.link) as usize);
         let steps =
             usize::try_from((self.drain / 2).as_millis() / DRAIN_STEP.as_millis()).unwrap_or(1).max(1);
         let size = (connections.len() / steps).max(DRAIN_MINIMUM);
-        let mut unrecorded = 0;
         let mut chunks = connections.chunks(size).peekable();
         while let Some(chunk) = chunks.next() {
             let next_step = Instant::now() + DRAIN_STEP;
-            unrecorded += self.end_chunk(chunk).await;
+            self.end_chunk(chunk).await;
             if chunks.peek().is_some() {
                 tokio::time::sleep_until(next_step).await;
             }
         }
-        unrecorded
     }
 
-    async fn end_chunk(&self, connections: &[Arc<OpenConnection>]) -> usize {
+    async fn end_chunk(&self, connections: &[Arc<OpenConnection>]) {
         let end = |connection: &Arc<OpenConnection>| {
             self.services.history.end(connection, CloseReason::ServerShutdown, Noticed::Concluded)
         };
         let tickets: Vec<_> = connections.iter().filter_map(end).collect();
-        let mut unrecorded = 0;
         for ticket in tickets {
-            unrecorded += usize::from(ticket.recorded().await.is_none());
+            ticket.recorded().await;
         }
         for connection in connections.iter().filter(|connection| connection.transport == Transport::Http) {
             self.services.hub.leave(connection);
         }
-        unrecorded
     }
 }
 
@@ -297,10 +322,17 @@ async fn assemble(
 ) -> Result<(Arc<Services>, Writer, HeartbeatMonitor), ServerError> {
     let clock = Clock::anchored(store.now().await?);
     let metrics = Arc::new(Metrics::new());
+    let outage = Arc::new(Outage::new(Arc::clone(&metrics)));
     let expected = Expectations { interval: config.heartbeat.interval, timeout: config.heartbeat.timeout };
-    let (history, writer) =
-        History::new(Arc::clone(&store), clock.clone(), Arc::clone(&metrics), node_id, expected);
-    let hub = Arc::new(Hub::default());
+    let (history, writer) = History::new(
+        Arc::clone(&store),
+        clock.clone(),
+        Arc::clone(&metrics),
+        Arc::clone(&outage),
+        node_id,
+        expected,
+    );
+    let hub = Arc::new(Hub::new(Arc::clone(&metrics)));
     let leaving = Arc::clone(&hub);
     let (watch, monitor) = HeartbeatMonitor::new(
         history.clone(),
@@ -308,7 +340,8 @@ async fn assemble(
         config.store.flush_interval,
         Box::new(move |connection| leaving.leave(connection)),
     );
-    let services = Services { store, history, hub, watch, clock, metrics, closing: AtomicBool::new(false) };
+    let closing = AtomicBool::new(false);
+    let services = Services { store, history, hub, watch, clock, metrics, outage, closing };
     Ok((Arc::new(services), writer, monitor))
 }
 
@@ -317,12 +350,14 @@ fn own_timers(owners: &mut JoinSet<&'static str>, config: &Config, services: &Ar
     let verdicts = Verdicts {
         store: Arc::clone(&services.store),
         history: services.history.clone(),
+        outage: Arc::clone(&services.outage),
         check_interval: config.heartbeat.check_interval,
     };
     own(owners, "verdicts", verdicts.run(stops.judging.clone()));
     let sweep = Sweep {
         store: Arc::clone(&services.store),
         clock: services.clock.clone(),
+        outage: Arc::clone(&services.outage),
         interval: config.sweep.interval,
         stale_after: config.sweep.stale_after,
         ephemeral: config.sweep.ephemeral,
@@ -330,8 +365,7 @@ fn own_timers(owners: &mut JoinSet<&'static str>, config: &Config, services: &Ar
     own(owners, "sweep", sweep.run(stops.judging.clone()));
     let flush = flush::run(Arc::clone(services), config.store.flush_interval, stops.flushing.clone());
     own(owners, "flush", flush);
-    let anchor = anchor(Arc::clone(&services.store), services.clock.clone(), stops.writing.clone());
-    own(owners, "clock", anchor);
+    own(owners, "clock", anchor(Arc::clone(services), stops.writing.clone()));
 }
 
 fn limits(config: &Config, max_connections: usize) -> Limits {
@@ -405,7 +439,7 @@ async fn restore(
             lease: config.node.lease,
             at,
             return_time: expected.return_time(),
-            polls_since: at.before(expected.first_poll()),
+            first_poll: expected.first_poll(),
         })
         .await?;
     if started.lost_connections > 0 {
@@ -417,11 +451,9 @@ async fn restore(
     let polled = services.store.list_polled_connections().await?;
     let tick = services.clock.tick();
     for poll in &polled {
-        let silent = at.since(poll.last_seen_at);
-        let seen = Tick::from_micros(
-            tick.as_micros().saturating_sub(u64::try_from(silent.as_micros()).unwrap_or(0)),
-        );
-        let pulse = Pulse::starting(seen, poll.sequence_num.map(i64::cast_unsigned));
+        let seen = tick.before(at.since(poll.last_seen_at));
+        let silence = poll.poll_silence_ms.map(|ms| Duration::from_millis(ms.unsigned_abs()));
+        let pulse = Pulse::resuming(seen, poll.sequence_num.map(i64::cast_unsigned), silence);
         let link = Arc::new(Link::heard_at(seen));
         let connection = OpenConnection::new(poll.agent_id, poll.id, Transport::Http, link, pulse);
         connection.note_sighting(poll.last_seen_at);
@@ -443,24 +475,25 @@ async fn hold_lease(
 ) {
     while stop.run_until_cancelled(tokio::time::sleep(lease / 3)).await.is_some() {
         match services.store.renew_node(node_id, services.clock.now()).await {
-            Ok(true) => {}
+            Ok(true) => services.outage.written(),
             Ok(false) => {
                 ended.cancel();
                 stop.cancelled().await;
                 return;
             }
-            Err(error) => tracing::warn!(%error, "the node's lease was not renewed"),
+            Err(error) => services.outage.failed("the renewal of the node's lease", &error),
         }
     }
 }
 
 /// Anchors the clock to the database's time, at the middle of the measurement.
-async fn anchor(store: Arc<dyn Store>, clock: Clock, stop: CancellationToken) {
+async fn anchor(services: Arc<Services>, stop: CancellationToken) {
+    let clock = &services.clock;
     while stop.run_until_cancelled(tokio::time::sleep(ANCHOR_INTERVAL)).await.is_some() {
         let before = clock.tick();
-        match store.now().await {
+        match services.store.now().await {
             Ok(now) => clock.anchor(now, before.after(clock.tick().since(before) / 2)),
-            Err(error) => tracing::warn!(%error, "the clock keeps its last anchor"),
+            Err(error) => services.outage.failed("the clock's next anchor", &error),
         }
     }
 }

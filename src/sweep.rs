@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use crate::clock::{Clock, Moment};
 use crate::config::Ephemeral;
 use crate::history::{History, log_status_change};
+use crate::outage::Outage;
 use crate::store::{Status, Store, StoreError};
 
 /// The shortest pause between two looks at pending verdicts.
@@ -23,6 +24,8 @@ pub struct Verdicts {
     pub store: Arc<dyn Store>,
     /// Tells when one was added.
     pub history: History,
+    /// Whether the store is away.
+    pub outage: Arc<Outage>,
     /// Pace of the safety net.
     pub check_interval: Duration,
 }
@@ -38,7 +41,7 @@ impl Verdicts {
     pub async fn run(self, stop: CancellationToken) {
         loop {
             let pause = self.carry_out().await.unwrap_or_else(|error| {
-                tracing::warn!(%error, "pending verdicts wait for the store");
+                self.outage.failed("pending verdicts", &error);
                 self.check_interval
             });
             tokio::select! {
@@ -68,6 +71,8 @@ pub struct Sweep {
     pub store: Arc<dyn Store>,
     /// The database's time.
     pub clock: Clock,
+    /// Whether the store is away.
+    pub outage: Arc<Outage>,
     /// Its pace.
     pub interval: Duration,
     /// How long an agent may be offline.
@@ -89,7 +94,7 @@ impl Sweep {
             let stale =
                 self.store.retire_stale_agents(self.clock.now(), self.stale_after, self.ephemeral).await;
             match stale {
-                Err(error) => tracing::warn!(%error, "the sweep waits for the store"),
+                Err(error) => self.outage.failed("the sweep", &error),
                 Ok(changes) => {
                     changes.iter().for_each(log_status_change);
                     let retired = changes.iter().filter(|change| change.to == Status::Retired).count();

@@ -69,7 +69,9 @@ CREATE TABLE agent_liveness (
     last_seen_at timestamptz NOT NULL,
     sequence_num bigint,
     -- The fence once more: a flush that waited for this row must find here that a newer connection took over.
-    connection_id bigint
+    connection_id bigint,
+    -- How long a poller may be silent, by its last gaps; null where its pace is not known, and on a WebSocket.
+    poll_silence_ms bigint
 ) WITH (fillfactor = 50);
 
 CREATE TABLE agent_attributes (

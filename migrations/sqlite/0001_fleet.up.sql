@@ -70,7 +70,9 @@ CREATE TABLE agent_liveness (
     last_seen_at integer NOT NULL,
     sequence_num integer,
     -- The fence once more: a flush that waited for this row must find here that a newer connection took over.
-    connection_id integer
+    connection_id integer,
+    -- How long a poller may be silent, by its last gaps; null where its pace is not known, and on a WebSocket.
+    poll_silence_ms integer
 ) WITHOUT ROWID;
 
 CREATE TABLE agent_attributes (

@@ -20,6 +20,9 @@ use crate::proto::{
 /// The longest name, host, attribute key and attribute value that is indexed, in characters.
 pub const INDEXED_LENGTH: usize = 255;
 
+/// The most attributes of one agent that are indexed, identifying ones first; the rest is only shown.
+pub const INDEXED_ATTRIBUTES: usize = 256;
+
 /// The parts of one report that changed, ready to be stored; an absent one stays as it is.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Documents {
@@ -62,7 +65,7 @@ pub struct Described {
     pub ephemeral: bool,
     /// Integer attribute `clients_count`, else 0.
     pub clients_count: i64,
-    /// All attributes as text, cut to [`INDEXED_LENGTH`], for filters.
+    /// Up to [`INDEXED_ATTRIBUTES`] attributes as text, cut to [`INDEXED_LENGTH`], for filters.
     pub attributes: Map<String, Value>,
 }
 
@@ -142,9 +145,14 @@ fn described(description: &AgentDescription) -> Described {
         _ => Value::Array(Vec::new()),
     };
     let marked = find("opamp.ephemeral").is_some_and(|mark| plain(mark).eq_ignore_ascii_case("true"));
-    // The first mention of a key counts where both lists have it: identifying attributes win.
-    let indexed =
-        other.iter().chain(&identifying).map(|(key, value)| (cut(key), Value::String(cut(&plain(value)))));
+    let mut indexed = Map::new();
+    for (key, value) in identifying.iter().chain(&other) {
+        if indexed.len() == INDEXED_ATTRIBUTES {
+            break;
+        }
+        // The first mention of a key counts where both lists have it: identifying attributes win.
+        indexed.entry(cut(key)).or_insert_with(|| Value::String(cut(&plain(value))));
+    }
     Described {
         name: text("service.name"),
         host: text("host.name"),
@@ -153,7 +161,7 @@ fn described(description: &AgentDescription) -> Described {
         clients_count: find("clients_count")
             .and_then(Value::as_i64)
             .map_or(0, |count| count.clamp(0, i64::from(i32::MAX))),
-        attributes: indexed.collect(),
+        attributes: indexed,
         document: json!({ "identifying_attributes": identifying, "non_identifying_attributes": other }),
     }
 }

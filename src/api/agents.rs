@@ -340,7 +340,7 @@ pub(super) async fn status(
     params.finish()?;
     let row = state.store.get_agent_row(agent).await?.ok_or(ApiError::NoSuchAgent(agent))?;
     let active_connection = state.store.get_active_connection(agent).await?;
-    let silence = active_connection.as_ref().map(|open| silence(&state, open.transport));
+    let silence = active_connection.as_ref().map(|open| silence(&state, open.transport, row.poll_silence_ms));
     Ok(Json(AgentStatus {
         agent_id: row.id,
         status: row.status,
@@ -357,9 +357,10 @@ pub(super) async fn status(
 }
 
 /// How long a connection may at least be silent.
-fn silence(state: &ApiState, transport: Transport) -> Duration {
-    match transport {
-        Transport::Websocket => state.expected.timeout,
-        Transport::Http => state.expected.first_poll(),
+fn silence(state: &ApiState, transport: Transport, poll_silence_ms: Option<i64>) -> Duration {
+    match (transport, poll_silence_ms) {
+        (Transport::Websocket, _) => state.expected.timeout,
+        (Transport::Http, Some(ms)) => Duration::from_millis(ms.unsigned_abs()),
+        (Transport::Http, None) => state.expected.first_poll(),
     }
 }

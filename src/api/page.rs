@@ -29,9 +29,13 @@ impl<S: Send + Sync> FromRequestParts<S> for Params {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, ApiError> {
-        let Query(pairs) = Query::try_from_uri(&parts.uri)
+        let Query(pairs): Query<Vec<(String, String)>> = Query::try_from_uri(&parts.uri)
             .map_err(|_| ApiError::bad("query", "is not a valid query string"))?;
-        Ok(Self { pairs })
+        // No database keeps this character in a text, so nothing can match it.
+        match pairs.iter().find(|(key, value)| key.contains('\0') || value.contains('\0')) {
+            Some((key, _)) => Err(ApiError::bad(key.replace('\0', "\u{fffd}"), "must not contain NUL")),
+            None => Ok(Self { pairs }),
+        }
     }
 }
 

@@ -9,8 +9,6 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::Services;
-use crate::agent::report::Kind;
-use crate::metrics::{Direction, OfferKind};
 use crate::store::Sighting;
 
 /// Stores signs of life until `stop` is cancelled, and once more then.
@@ -36,6 +34,7 @@ async fn flush(services: &Services) {
                 connection_id: connection.id,
                 at,
                 sequence_num,
+                poll_silence: connection.poll_silence(services.history.expected()),
             });
             told.push((connection, (seen, sequence_num)));
         }
@@ -45,24 +44,20 @@ async fn flush(services: &Services) {
     }
     match services.store.update_last_seen(&sightings).await {
         Ok(stored) => {
+            services.outage.written();
             services.metrics.sightings.increment(stored);
             for (connection, sighting) in told {
                 connection.pulse.told(sighting);
             }
         }
         Err(error) => {
-            services.metrics.store_failures.increment(1);
-            tracing::warn!(%error, agents = sightings.len(), "signs of life wait for the next flush");
+            services.outage.failed(&format!("the signs of life of {} agents", sightings.len()), &error);
         }
     }
 }
 
 /// Adds to the metrics what the connection and its link counted for themselves.
 fn count(services: &Services, connection: &crate::history::OpenConnection) {
-    let quiet = u64::from(connection.pulse.harvest());
-    services.metrics.reports.of(Kind::Continued).increment(quiet);
-    services.metrics.offers.of(OfferKind::Acknowledgement).increment(quiet);
-    let (received, sent) = connection.link.harvest();
-    services.metrics.bytes.of(Direction::Received).increment(received);
-    services.metrics.bytes.of(Direction::Sent).increment(sent);
+    services.metrics.count_quiet(connection.pulse.harvest());
+    services.metrics.count_bytes(connection.link.harvest());
 }

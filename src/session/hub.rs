@@ -2,7 +2,8 @@
 //!
 //! Promises: a newer connection always takes the place of an older one, never the other way round,
 //! and only a connection itself gives up its place. 64 locked shards; no lock is held while anybody
-//! is told. A poller's session lives in its place here, between its polls.
+//! is told. A poller's session lives in its place here, between its polls. The gauges of open
+//! connections are counted here, where every connection comes in and goes out.
 
 use std::collections::HashMap;
 use std::hash::BuildHasher;
@@ -13,6 +14,8 @@ use super::Session;
 use crate::agent::InstanceUid;
 use crate::close::CloseReason;
 use crate::history::OpenConnection;
+use crate::metrics::Metrics;
+use crate::store::Transport;
 
 const SHARDS: usize = 64;
 
@@ -30,15 +33,17 @@ struct Place {
 pub struct Hub {
     shards: Vec<Mutex<HashMap<InstanceUid, Place>>>,
     hasher: RandomState,
-}
-
-impl Default for Hub {
-    fn default() -> Self {
-        Self { shards: (0..SHARDS).map(|_| Mutex::default()).collect(), hasher: RandomState::new() }
-    }
+    metrics: Arc<Metrics>,
 }
 
 impl Hub {
+    /// An empty hub.
+    #[must_use]
+    pub fn new(metrics: Arc<Metrics>) -> Self {
+        let shards = (0..SHARDS).map(|_| Mutex::default()).collect();
+        Self { shards, hasher: RandomState::new(), metrics }
+    }
+
     fn shard(&self, agent: InstanceUid) -> MutexGuard<'_, HashMap<InstanceUid, Place>> {
         let index = usize::try_from(self.hasher.hash_one(agent) % SHARDS as u64).unwrap_or_default();
         self.shards[index].lock().unwrap_or_else(PoisonError::into_inner)
@@ -52,16 +57,33 @@ impl Hub {
 
     /// Gives `connection` the place of its agent; the older one of the two is told that it was superseded.
     pub fn enter(&self, connection: &Arc<OpenConnection>) {
-        let older = {
+        // A seat is left to its owner after the lock is gone: a session's end takes the lock again.
+        let (older, _seat) = {
             let mut shard = self.shard(connection.agent);
             let place = shard.entry(connection.agent).or_default();
             match &place.connection {
-                Some(present) if present.id > connection.id => Some(Arc::clone(connection)),
-                Some(_) | None => place.connection.replace(Arc::clone(connection)),
+                Some(present) if present.id > connection.id => (Some(Arc::clone(connection)), None),
+                Some(_) | None => {
+                    let older = place.connection.replace(Arc::clone(connection));
+                    let seat = place.seat.take_if(|_| connection.transport == Transport::Websocket);
+                    self.count(older.as_ref(), Some(connection));
+                    (older, seat)
+                }
             }
         };
         if let Some(older) = older {
             older.abandon(CloseReason::Superseded);
+        }
+    }
+
+    /// Counts who left a place and who took it.
+    fn count(&self, left: Option<&Arc<OpenConnection>>, entered: Option<&Arc<OpenConnection>>) {
+        let open = &self.metrics.connections_open;
+        if let Some(left) = left {
+            open.of(left.transport).decrement(1.0);
+        }
+        if let Some(entered) = entered {
+            open.of(entered.transport).increment(1.0);
         }
     }
 
@@ -72,6 +94,7 @@ impl Hub {
             let mut shard = self.shard(connection.agent);
             match shard.get(&connection.agent) {
                 Some(Place { connection: Some(present), .. }) if Arc::ptr_eq(present, connection) => {
+                    self.count(Some(connection), None);
                     shard.remove(&connection.agent)
                 }
                 _ => None,
@@ -87,7 +110,10 @@ impl Hub {
 
     /// Keeps the seat in its agent's place: an end that came meanwhile may have cleared the place.
     pub fn keep_seat(&self, agent: InstanceUid, seat: &Seat) {
-        if let Some(place) = self.shard(agent).get_mut(&agent) {
+        let is_poller = |connection: &Arc<OpenConnection>| connection.transport == Transport::Http;
+        if let Some(place) = self.shard(agent).get_mut(&agent)
+            && place.connection.as_ref().is_some_and(is_poller)
+        {
             place.seat = Some(Arc::clone(seat));
         }
     }
@@ -117,7 +143,6 @@ mod tests {
     use super::*;
     use crate::clock::Tick;
     use crate::pulse::{Link, Pulse};
-    use crate::store::Transport;
 
     fn connection(id: i64) -> Arc<OpenConnection> {
         let pulse = Pulse::starting(Tick::default(), None);
@@ -127,7 +152,7 @@ mod tests {
 
     #[test]
     fn a_newcomer_takes_the_place_and_the_older_one_is_told() {
-        let hub = Hub::default();
+        let hub = Hub::new(Arc::default());
         let (older, newer) = (connection(1), connection(2));
         hub.enter(&older);
         hub.enter(&newer);
@@ -138,7 +163,7 @@ mod tests {
 
     #[test]
     fn of_two_that_enter_in_the_wrong_order_the_newer_stays() {
-        let hub = Hub::default();
+        let hub = Hub::new(Arc::default());
         let (older, newer) = (connection(1), connection(2));
         hub.enter(&newer);
         hub.enter(&older);
@@ -148,7 +173,7 @@ mod tests {
 
     #[test]
     fn a_late_leave_of_the_older_one_changes_nothing() {
-        let hub = Hub::default();
+        let hub = Hub::new(Arc::default());
         let (older, newer) = (connection(1), connection(2));
         hub.enter(&older);
         hub.enter(&newer);

@@ -19,10 +19,11 @@ use crate::agent::offer::{Answer, Refusal, compose, refuse};
 use crate::agent::report::{AgentState, Change, Kind, PartSet, digest_of_bytes};
 use crate::agent::{InstanceUid, Sender, is_legacy};
 use crate::clock::{Clock, Tick};
-use crate::close::CloseReason;
+use crate::close::{Cause, CloseReason};
 use crate::heartbeat::Watch;
-use crate::history::{History, Noticed, OpenConnection};
+use crate::history::{EndTicket, History, Noticed, OpenConnection};
 use crate::metrics::{DecodeFailure, Metrics, OfferKind, Refused};
+use crate::outage::Outage;
 use crate::proto::{AgentCapabilities, AgentToServer, ServerToAgent};
 use crate::pulse::{Link, Pulse};
 use crate::store::{AgentUpdate, Store, StoreError, Transport};
@@ -44,6 +45,8 @@ pub struct Services {
     pub clock: Clock,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// Whether the store is away.
+    pub outage: Arc<Outage>,
     /// True once the server stops: no session opens any more.
     pub closing: AtomicBool,
 }
@@ -89,20 +92,16 @@ impl Session {
             opened.agent.sequence_num = older.pulse.number().or(opened.agent.sequence_num);
         }
         let state = AgentState::restore(&opened.agent);
-        let pulse = Pulse::starting(heard, state.stored_number());
+        let pulse = Pulse::resuming(heard, state.stored_number(), opened.poll_silence);
         let link = Arc::clone(&origin.link);
         let connection = OpenConnection::new(agent, opened.connection_id, origin.transport, link, pulse);
         connection.note_sighting(opened.seen_at);
         let connection = Arc::new(connection);
-        let session = Self::resume(services, Arc::clone(&connection), state);
-        services.hub.enter(&connection);
-        services.watch.over(connection, Tick::default()).await;
+        let services = Arc::clone(services);
+        let session = Self { services, connection, state, answered: Answer::default() };
+        session.services.hub.enter(&session.connection);
+        session.services.watch.over(Arc::clone(&session.connection), Tick::default()).await;
         Ok(session)
-    }
-
-    fn resume(services: &Arc<Services>, connection: Arc<OpenConnection>, state: AgentState) -> Self {
-        services.metrics.connections_open.of(connection.transport).increment(1.0);
-        Self { services: Arc::clone(services), connection, state, answered: Answer::default() }
     }
 
     /// The open connection.
@@ -113,7 +112,7 @@ impl Session {
 
     /// Ends the connection, unless it has ended before; the ticket tells when that is on record.
     #[must_use]
-    pub fn end(&self, reason: CloseReason, noticed: Noticed) -> Option<crate::history::EndTicket> {
+    pub fn end(&self, reason: CloseReason, noticed: Noticed) -> Option<EndTicket> {
         self.services.history.end(&self.connection, reason, noticed)
     }
 
@@ -126,12 +125,13 @@ impl Session {
             return None;
         }
         let (next, change) = self.state.absorb(report, digest_of_bytes(bytes));
-        if change.must_save || change.leaves || change.requests_uid || change.kind == Kind::Gap {
+        if change.must_save || change.leaves || change.requests_uid || change.ask_full_state {
             return None;
         }
         self.connection.pulse.reported(self.services.clock.tick(), false);
         if change.kind == Kind::Repeat {
             self.services.metrics.reports.of(Kind::Repeat).increment(1);
+            self.services.metrics.offers.of(kind_of(self.answered)).increment(1);
         } else {
             self.adopt(next, change, true);
         }
@@ -209,7 +209,9 @@ impl Session {
         } else if is_legacy(&report.instance_uid) {
             None
         } else {
-            let uid = assign(&self.services, Some(self.connection.agent)).await?;
+            let (store, now) = (&self.services.store, self.services.clock.now());
+            let assigned = store.assign_uid(self.connection.agent, InstanceUid::generate(), now).await;
+            let uid = assigned.map_err(|error| refusal(&self.services, &error))?;
             self.answered = Answer { ask_full_state: true, new_uid: Some(uid) };
             self.end(CloseReason::UidReassigned, Noticed::Concluded)
         };
@@ -222,7 +224,7 @@ impl Session {
 
 impl Drop for Session {
     fn drop(&mut self) {
-        self.services.metrics.connections_open.of(self.connection.transport).decrement(1.0);
+        self.services.metrics.count_quiet(self.connection.pulse.harvest());
         // Every orderly way out has ended the connection by now; this is the panic's way.
         let _unwaited = self.end(CloseReason::InternalError, Noticed::Concluded);
         self.services.hub.leave(&self.connection);
@@ -241,7 +243,8 @@ pub struct Exchanged {
 /// Answers one report of the agent `agent` whose session, if it has one on this link, is in `slot`.
 ///
 /// `bytes` are those of the report, to recognise a retransmission. The slot is empty
-/// afterwards where the agent has left.
+/// afterwards where the agent has left. A session that something else ended stays in its slot on a
+/// WebSocket: whoever holds the link closes it, and nothing is taken back from a newer connection.
 pub async fn exchange(
     services: &Arc<Services>,
     slot: &mut Option<Session>,
@@ -250,21 +253,32 @@ pub async fn exchange(
     report: &AgentToServer,
     bytes: &[u8],
 ) -> Exchanged {
-    let closing = services.closing.load(Ordering::Relaxed);
     let heard = origin.link.last_byte();
-    if !closing && slot.as_ref().is_some_and(|session| session.connection.ended().is_some()) {
-        *slot = None;
-    }
+    slot.take_if(|session| session.connection.ended().is_some_and(|reason| may_return(origin, reason)));
     let result = match slot {
         Some(session) if session.connection.ended().is_some() => Err(unavailable()),
-        None if closing => Err(unavailable()),
+        None if services.closing.load(Ordering::Relaxed) => Err(unavailable()),
         Some(session) => session.on_report(report, digest_of_bytes(bytes), heard).await,
         None => Box::pin(first_report(services, slot, origin, agent, report, bytes)).await,
     };
-    if slot.as_ref().is_some_and(|session| session.connection.is_recorded()) {
-        *slot = None;
-    }
+    let ended = slot.as_ref().and_then(|session| session.connection.ended());
+    let result = match ended {
+        Some(reason) if !is_farewell(reason) => Err(unavailable()),
+        _ => result,
+    };
+    slot.take_if(|_| ended.is_some_and(|reason| is_farewell(reason) || may_return(origin, reason)));
     answer(services, &report.instance_uid, result)
+}
+
+/// True for the ends that a report itself asked for: it is answered, and the link goes on without the agent.
+fn is_farewell(reason: CloseReason) -> bool {
+    matches!(reason, CloseReason::AgentDisconnect | CloseReason::UidReassigned)
+}
+
+/// True where an agent whose connection ended so may open the next one from here: each poll stands
+/// for itself; a WebSocket that the server closes must not be used again.
+fn may_return(origin: &Origin, reason: CloseReason) -> bool {
+    origin.transport == Transport::Http || reason.cause() == Cause::Agent
 }
 
 /// The first report of an agent on a link opens its session, unless it is a farewell.
@@ -280,7 +294,15 @@ async fn first_report(
         return Ok(Answer::default());
     }
     let session = Session::open(services, origin, agent).await.map_err(|error| refusal(services, &error))?;
-    slot.insert(session).on_report(report, digest_of_bytes(bytes), origin.link.last_byte()).await
+    let session = slot.insert(session);
+    // Once it is in the hub, a stop sees it; a stop that had looked before is seen here.
+    if services.closing.load(Ordering::Relaxed) {
+        if let Some(ticket) = session.end(CloseReason::ServerShutdown, Noticed::Concluded) {
+            ticket.recorded().await;
+        }
+        return Err(unavailable());
+    }
+    session.on_report(report, digest_of_bytes(bytes), origin.link.last_byte()).await
 }
 
 /// True where this is a poll of an agent whose polls are on record as an open connection.
@@ -293,10 +315,11 @@ async fn polls_on(services: &Services, origin: &Origin, agent: InstanceUid) -> R
     Ok(open.is_some_and(|row| row.transport == Transport::Http))
 }
 
-/// Answers a report whose sender has no uid yet: it is given one, and nothing else is kept.
-pub async fn introduce(services: &Services, report: &AgentToServer) -> Exchanged {
-    let result = assign(services, None).await.map(|uid| Answer { ask_full_state: true, new_uid: Some(uid) });
-    answer(services, &report.instance_uid, result)
+/// Answers a report whose sender has no uid yet: it is given one, and nothing is kept of it before it uses that.
+#[must_use]
+pub fn introduce(services: &Services, report: &AgentToServer) -> Exchanged {
+    let uid = InstanceUid::generate();
+    answer(services, &report.instance_uid, Ok(Answer { ask_full_state: true, new_uid: Some(uid) }))
 }
 
 /// Answers a report that was refused before it reached a session.
@@ -313,22 +336,18 @@ pub fn sender(services: &Services, report: &AgentToServer) -> Result<Sender, Box
     })
 }
 
-async fn assign(services: &Services, temporary: Option<InstanceUid>) -> Result<InstanceUid, Refusal> {
-    let assigned = services.store.assign_uid(temporary, InstanceUid::generate(), services.clock.now()).await;
-    assigned.map_err(|error| refusal(services, &error))
+/// What kind of offer an answer is.
+fn kind_of(answer: Answer) -> OfferKind {
+    match answer {
+        Answer { new_uid: Some(_), .. } => OfferKind::Identification,
+        Answer { ask_full_state: true, .. } => OfferKind::FullStateRequest,
+        Answer { .. } => OfferKind::Acknowledgement,
+    }
 }
 
 fn answer(services: &Services, uid: &[u8], result: Result<Answer, Refusal>) -> Exchanged {
-    let kind = match &result {
-        Err(_) => Some(OfferKind::Error),
-        Ok(Answer { new_uid: Some(_), .. }) => Some(OfferKind::Identification),
-        Ok(Answer { ask_full_state: true, .. }) => Some(OfferKind::FullStateRequest),
-        Ok(_) => None,
-    };
-    // Acknowledgements are counted with the signs of life they answer.
-    if let Some(kind) = kind {
-        services.metrics.offers.of(kind).increment(1);
-    }
+    let kind = result.as_ref().map_or(OfferKind::Error, |answer| kind_of(*answer));
+    services.metrics.offers.of(kind).increment(1);
     match result {
         Ok(answer) => Exchanged { offer: compose(uid, answer), refusal: None },
         Err(refusal) => Exchanged { offer: refuse(uid, &refusal), refusal: Some(refusal) },

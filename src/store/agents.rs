@@ -54,6 +54,8 @@ pub struct AgentRow {
     pub ephemeral: bool,
     /// The last sign of life on record.
     pub last_seen_at: Option<Moment>,
+    /// For a poller whose pace is on record: how long it may be silent, in milliseconds.
+    pub poll_silence_ms: Option<i64>,
     /// The last opening of a connection.
     pub last_connected_at: Option<Moment>,
     /// The last end of a connection.
@@ -161,10 +163,12 @@ pub struct Sighting {
     pub at: Moment,
     /// The number that the stored state stands for.
     pub sequence_num: Option<u64>,
+    /// For a poller whose pace is known: how long it may be silent.
+    pub poll_silence: Option<Duration>,
 }
 
 const ROW: &str = "a.id, a.name, a.host, a.status, a.status_since, a.offline_at, a.connection_id, c.transport,
-    c.remote_addr, a.healthy, a.groups, a.clients_count, a.sync_revision, a.ephemeral, l.last_seen_at,
+    c.remote_addr, a.healthy, a.groups, a.clients_count, a.sync_revision, a.ephemeral, l.last_seen_at, l.poll_silence_ms,
     a.last_connected_at, a.last_disconnected_at, a.disconnect_reason, a.previous_id, a.retired_at, a.created_at,
     a.updated_at";
 
@@ -307,21 +311,26 @@ where
             ("connection_id", Column::Integer),
             ("at", Column::Moment),
             ("number", Column::Integer),
+            ("silence", Column::Integer),
         ];
         // A row that somebody else is writing is skipped: what they write is as fresh, and nobody waits in a circle.
         let text = format!(
             "WITH sightings AS {}, free AS
                  (SELECT l.agent_id FROM agent_liveness l WHERE l.agent_id IN (SELECT s.id FROM sightings s) {})
-             UPDATE agent_liveness AS l SET last_seen_at = r.at, sequence_num = r.number
+             UPDATE agent_liveness AS l SET last_seen_at = r.at, sequence_num = r.number,
+                 poll_silence_ms = r.silence
              FROM sightings r JOIN free f ON f.agent_id = r.id
                  JOIN agents a ON a.id = r.id AND a.connection_id = r.connection_id
-             WHERE l.agent_id = r.id AND l.connection_id = r.connection_id AND l.last_seen_at < r.at",
+             WHERE l.agent_id = r.id AND l.connection_id = r.connection_id AND l.last_seen_at <= r.at",
             rows::<D>(&columns),
             D::SKIP_LOCKED
         );
         let values = sightings
             .iter()
-            .map(|s| json!([s.agent, s.connection_id, s.at.as_micros(), stored_number(s.sequence_num)]))
+            .map(|s| {
+                let silence = s.poll_silence.map(|silence| silence.as_millis());
+                json!([s.agent, s.connection_id, s.at.as_micros(), stored_number(s.sequence_num), silence])
+            })
             .collect();
         bounded(async {
             let done = sqlx::query(sql(text))
@@ -381,25 +390,23 @@ where
 
     async fn assign_uid(
         &self,
-        temporary: Option<InstanceUid>,
+        temporary: InstanceUid,
         candidate: InstanceUid,
         at: Moment,
     ) -> Result<InstanceUid, StoreError> {
         bounded(async {
             let mut tx = self.begin().await?;
-            if let Some(temporary) = temporary {
-                let lock = format!("SELECT a.id FROM agents a WHERE a.id = $1 {}", D::LOCK_AGENTS);
-                sqlx::query(sql(lock)).bind(temporary.as_uuid()).execute(&mut *tx).await.map_err(failure::<D>)?;
-                let unused = sqlx::query_scalar::<_, Uuid>(
-                    "SELECT id FROM agents WHERE previous_id = $1 AND last_connected_at IS NULL ORDER BY id LIMIT 1",
-                )
-                .bind(temporary.as_uuid())
-                .fetch_optional(&mut *tx)
-                .await
-                .map_err(failure::<D>)?;
-                if let Some(unused) = unused {
-                    return Ok(unused.into());
-                }
+            let lock = format!("SELECT a.id FROM agents a WHERE a.id = $1 {}", D::LOCK_AGENTS);
+            sqlx::query(sql(lock)).bind(temporary.as_uuid()).execute(&mut *tx).await.map_err(failure::<D>)?;
+            let unused = sqlx::query_scalar::<_, Uuid>(
+                "SELECT id FROM agents WHERE previous_id = $1 AND last_connected_at IS NULL ORDER BY id LIMIT 1",
+            )
+            .bind(temporary.as_uuid())
+            .fetch_optional(&mut *tx)
+            .await
+            .map_err(failure::<D>)?;
+            if let Some(unused) = unused {
+                return Ok(unused.into());
             }
             let columns = [("id", Column::Uuid), ("previous", Column::Uuid), ("at", Column::Moment)];
             let text = format!(

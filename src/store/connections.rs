@@ -73,6 +73,8 @@ pub struct PolledConnection {
     pub last_seen_at: Moment,
     /// The number that the stored state stands for, as its 64 bits.
     pub sequence_num: Option<i64>,
+    /// How long it may be silent, in milliseconds; none where its pace is not on record.
+    pub poll_silence_ms: Option<i64>,
 }
 
 const COLUMNS: &str = "SELECT c.id, c.agent_id, c.connected_at, c.disconnected_at, c.disconnected_by, c.duration_seconds,
@@ -125,7 +127,7 @@ where
 
     pub(super) async fn polled_connections(&self) -> Result<Vec<PolledConnection>, StoreError> {
         sqlx::query_as(
-            "SELECT c.agent_id, c.id, c.connected_at, l.last_seen_at, l.sequence_num
+            "SELECT c.agent_id, c.id, c.connected_at, l.last_seen_at, l.sequence_num, l.poll_silence_ms
              FROM agent_connection_history c JOIN agent_liveness l ON l.agent_id = c.agent_id
              WHERE c.disconnected_at IS NULL AND c.transport = 'http' ORDER BY c.id",
         )

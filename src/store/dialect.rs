@@ -124,13 +124,12 @@ impl Dialect for Postgres {
         let code = error.code().unwrap_or_default();
         match code.as_ref() {
             "40001" | "40P01" => StoreError::Conflict,
-            // Connection, resources, operator intervention, system, read-only, and lock time-outs.
-            code if ["08", "53", "57", "58"].iter().any(|class| code.starts_with(class))
-                || matches!(code, "25006" | "55P03") =>
-            {
-                StoreError::Unavailable(error.to_string())
+            // Data, integrity, program limits: this very data. Whatever else goes wrong, a wrong
+            // password or a missing table included, is the store's own trouble and passes.
+            code if ["22", "23", "54"].iter().any(|class| code.starts_with(class)) => {
+                StoreError::Rejected(error.to_string())
             }
-            _ => StoreError::Rejected(error.to_string()),
+            _ => StoreError::Unavailable(error.to_string()),
         }
     }
 }
@@ -175,10 +174,10 @@ impl Dialect for Sqlite {
 
     fn classify(error: &dyn sqlx::error::DatabaseError) -> StoreError {
         let code = error.code().and_then(|code| code.parse::<i32>().ok()).unwrap_or_default();
-        // The low byte is the primary code: busy, locked, read-only, I/O, full, cannot open.
+        // The low byte is the primary code: too big, constraint, mismatch, range mean this very data.
         match code & 0xff {
-            5 | 6 | 8 | 10 | 13 | 14 => StoreError::Unavailable(error.to_string()),
-            _ => StoreError::Rejected(error.to_string()),
+            18 | 19 | 20 | 25 => StoreError::Rejected(error.to_string()),
+            _ => StoreError::Unavailable(error.to_string()),
         }
     }
 }

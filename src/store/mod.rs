@@ -236,7 +236,7 @@ pub trait AgentStore: Send + Sync {
     /// the agent used it, the same as before.
     async fn assign_uid(
         &self,
-        temporary: Option<InstanceUid>,
+        temporary: InstanceUid,
         candidate: InstanceUid,
         at: Moment,
     ) -> Result<InstanceUid, StoreError>;

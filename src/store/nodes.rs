@@ -26,8 +26,8 @@ pub struct NewNode {
     pub at: Moment,
     /// How long agents cut off by the server have to return before they count as offline.
     pub return_time: Duration,
-    /// Polls on record before this moment are over.
-    pub polls_since: Moment,
+    /// How long a poller may be silent whose pace is not on record.
+    pub first_poll: Duration,
 }
 
 /// What a starting node found.
@@ -146,13 +146,17 @@ async fn take_lock(place: &LockPlace, name: &str) -> Result<Option<NameLock>, St
     }
 }
 
-/// Open rows `c` of ended nodes, and, where nobody else could have heard them, of polls that stopped before `$2`.
-fn lost(alone: bool) -> String {
+/// Open rows `c` of ended nodes, and, where nobody else could have heard them, of pollers that were
+/// silent for longer than they may be at `$1`; `$2` microseconds where their pace is not on record.
+fn lost<D: Dialect>(alone: bool) -> String {
     let polls = if alone {
-        "OR (c.transport = 'http' AND (SELECT l.last_seen_at FROM agent_liveness l
-             WHERE l.agent_id = c.agent_id) < $2)"
+        let silence = D::shifted("l.last_seen_at", "coalesce(l.poll_silence_ms * 1000, $2)");
+        format!(
+            "OR (c.transport = 'http' AND (SELECT {silence} FROM agent_liveness l
+                 WHERE l.agent_id = c.agent_id) < $1)"
+        )
     } else {
-        "AND $2 = $2"
+        "AND $2 = $2".to_owned()
     };
     format!(
         "c.disconnected_at IS NULL AND $1 = $1
@@ -243,13 +247,13 @@ where
             "SELECT a.id FROM agents a WHERE a.id IN
                  (SELECT c.agent_id FROM agent_connection_history c WHERE {} UNION SELECT c.agent_id {})
              ORDER BY a.id {}",
-            lost(alone),
+            lost::<D>(alone),
             fled("$3"),
             D::LOCK_AGENTS
         );
         sqlx::query(sql(text))
             .bind(node.at)
-            .bind(node.polls_since)
+            .bind(micros(node.first_poll))
             .bind(node.id)
             .execute(&mut **tx)
             .await
@@ -269,7 +273,7 @@ where
             "{greatest}(c.connected_at, {least}($1, coalesce((SELECT l.last_seen_at FROM agent_liveness l
              WHERE l.agent_id = c.agent_id), c.connected_at)))"
         );
-        let lost = lost(alone);
+        let lost = lost::<D>(alone);
         let reason = CloseReason::ServerLost.label();
         let text = format!(
             "UPDATE agent_connection_history AS c SET disconnected_at = {proof},
@@ -280,7 +284,7 @@ where
         );
         let ended = sqlx::query(sql(text))
             .bind(node.at)
-            .bind(node.polls_since)
+            .bind(micros(node.first_poll))
             .execute(&mut **tx)
             .await
             .map_err(failure::<D>)?;

@@ -6,6 +6,7 @@
 //! both databases decide alike. The statements know nothing of links or sessions.
 
 use std::collections::HashMap;
+use std::time::Duration;
 
 use async_trait::async_trait;
 use serde_json::{Value, json};
@@ -114,8 +115,9 @@ pub struct NewConnection {
     pub at: Moment,
     /// The last proof of an older connection that this node holds.
     pub last_proof: Option<Moment>,
-    /// For polls: an open connection over plain HTTP that was seen since then goes on.
-    pub continues_since: Option<Moment>,
+    /// For polls: how long a poller may be silent whose pace is not on record. An open connection
+    /// over plain HTTP that was heard within its time goes on.
+    pub first_poll: Option<Duration>,
 }
 
 /// An opened connection.
@@ -123,10 +125,14 @@ pub struct NewConnection {
 pub struct Opened {
     /// Its id, the fence of all later writes.
     pub connection_id: i64,
+    /// True where it goes on with a row that was open: polls, or an opening that was done before.
+    pub continued: bool,
     /// When it began.
     pub connected_at: Moment,
     /// The sign of life that was stored with it.
     pub seen_at: Moment,
+    /// For polls that go on: how long this poller may be silent, if that is on record.
+    pub poll_silence: Option<Duration>,
     /// What the store knows of the agent.
     pub agent: KnownAgent,
     /// The connection it displaced.
@@ -178,6 +184,7 @@ pub(super) struct LockedAgent {
     capabilities: i64,
     sequence_num: Option<i64>,
     last_seen_at: Option<Moment>,
+    poll_silence_ms: Option<i64>,
     last_connected_at: Option<Moment>,
     updated_at: Moment,
     has_description: bool,
@@ -191,6 +198,10 @@ pub(super) struct LockedAgent {
 }
 
 impl LockedAgent {
+    fn poll_silence(&self) -> Option<Duration> {
+        self.poll_silence_ms.map(|ms| Duration::from_millis(ms.unsigned_abs()))
+    }
+
     fn known(&self) -> KnownAgent {
         let stored = [
             (self.has_description, Part::Description),
@@ -286,8 +297,10 @@ fn displacement(
         return None;
     }
     let polls_on = row.transport == Transport::Http && new.transport == Transport::Http;
-    let reason = match new.continues_since {
-        Some(since) if polls_on && proof >= since => return None,
+    let reason = match new.first_poll {
+        Some(first) if polls_on && proof.after(agent.poll_silence().unwrap_or(first)) >= connected_at => {
+            return None;
+        }
         Some(_) if polls_on => CloseReason::HeartbeatTimeout,
         _ if row.node_gone => CloseReason::ServerLost,
         _ => CloseReason::Superseded,
@@ -465,7 +478,7 @@ where
             Self::execute(tx, text, values.clone()).await?;
         }
         let text = format!(
-            "SELECT a.id, a.status, a.connection_id, a.capabilities, l.sequence_num, l.last_seen_at,
+            "SELECT a.id, a.status, a.connection_id, a.capabilities, l.sequence_num, l.last_seen_at, l.poll_silence_ms,
                     a.last_connected_at, a.updated_at,
                     a.description IS NOT NULL AS has_description,
                     a.health IS NOT NULL AS has_health,
@@ -712,6 +725,8 @@ where
                 let connection_id = id_of(&newcomer)?;
                 let opened = Opened {
                     connection_id,
+                    continued: newcomer.continues.is_some(),
+                    poll_silence: newcomer.agent.poll_silence().filter(|_| newcomer.continues.is_some()),
                     connected_at: newcomer.continues.map_or(newcomer.at, |row| row.connected_at),
                     seen_at: newcomer.at.max(newcomer.agent.last_seen_at.unwrap_or(newcomer.at)),
                     agent: newcomer.agent.known(),
@@ -809,14 +824,23 @@ where
         });
         Self::execute(tx, text, values.collect()).await?;
         let text = format!(
-            "INSERT INTO agent_liveness (agent_id, connection_id, last_seen_at)
-             SELECT r.id, r.connection_id, r.at FROM {} r WHERE true
+            "INSERT INTO agent_liveness (agent_id, connection_id, last_seen_at, poll_silence_ms)
+             SELECT r.id, r.connection_id, r.at, r.silence FROM {} r WHERE true
              ON CONFLICT (agent_id) DO UPDATE SET connection_id = excluded.connection_id,
-                 last_seen_at = {}(agent_liveness.last_seen_at, excluded.last_seen_at)",
-            rows::<D>(&[("id", Column::Uuid), ("connection_id", Column::Integer), ("at", Column::Moment)]),
+                 last_seen_at = {}(agent_liveness.last_seen_at, excluded.last_seen_at),
+                 poll_silence_ms = excluded.poll_silence_ms",
+            rows::<D>(&[
+                ("id", Column::Uuid),
+                ("connection_id", Column::Integer),
+                ("at", Column::Moment),
+                ("silence", Column::Integer)
+            ]),
             D::GREATEST
         );
-        let seen = newcomers.iter().map(|n| json!([n.new.agent, id_of(n), n.at.as_micros()]));
+        let seen = newcomers.iter().map(|n| {
+            let silence = n.continues.and(n.agent.poll_silence_ms);
+            json!([n.new.agent, id_of(n), n.at.as_micros(), silence])
+        });
         Self::execute(tx, text, seen.collect()).await
     }
 }

@@ -30,7 +30,6 @@ use tokio_util::task::TaskTracker;
 use admission::Denied;
 pub use admission::{Admission, Limits};
 
-use crate::metrics::Direction;
 use crate::pulse::Link;
 use crate::session::Services;
 use io::Metered;
@@ -56,6 +55,7 @@ struct Context {
     services: Arc<Services>,
     admission: Arc<Admission>,
     tasks: TaskTracker,
+    stop: CancellationToken,
 }
 
 /// The agents' listener.
@@ -67,18 +67,23 @@ pub struct Listener {
 
 impl Listener {
     /// A listener on a bound socket. Its tasks run on `tasks`.
+    ///
+    /// Once `stop` is cancelled, nobody is accepted any more, and connections over plain HTTP close
+    /// after the request they are at.
     #[must_use]
     pub fn new(
         socket: TcpListener,
         services: Arc<Services>,
         admission: Arc<Admission>,
         tasks: TaskTracker,
+        stop: CancellationToken,
     ) -> Self {
-        Self { socket, context: Arc::new(Context { services, admission, tasks }) }
+        Self { socket, context: Arc::new(Context { services, admission, tasks, stop }) }
     }
 
-    /// Accepts until `stop` is cancelled.
-    pub async fn run(self, stop: CancellationToken) {
+    /// Accepts until it is told to stop.
+    pub async fn run(self) {
+        let stop = &self.context.stop;
         while let Some(accepted) = stop.run_until_cancelled(self.socket.accept()).await {
             match accepted {
                 Ok((stream, peer)) => {
@@ -114,14 +119,16 @@ impl Context {
             .serve_connection(io, service)
             .with_upgrades();
         tokio::pin!(connection);
+        // A peer that breaks off is no event of its own: whatever it had open says so.
         tokio::select! {
-            // A peer that breaks off is no event of its own: whatever it had open says so.
             _broken_off = &mut connection => {}
             () = silence(&requested) => {}
+            () = self.stop.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                let _broken_off = connection.await;
+            }
         }
-        let (received, sent) = link.harvest();
-        self.services.metrics.bytes.of(Direction::Received).increment(received);
-        self.services.metrics.bytes.of(Direction::Sent).increment(sent);
+        self.services.metrics.count_bytes(link.harvest());
     }
 
     /// Answers one request: path, token, then by media type.

@@ -27,6 +27,9 @@ use crate::wire::{self, WireError};
 /// How long a body may take from its first byte.
 const BODY: Duration = Duration::from_secs(30);
 
+/// The most bytes that are set aside for a body because its head announces them.
+const ANNOUNCED: usize = 64 << 10;
+
 /// How long the rest of a body that is refused is read.
 const DISCARD: Duration = Duration::from_secs(5);
 
@@ -87,7 +90,7 @@ async fn exchanged(services: &Arc<Services>, body: &[u8], peer: SocketAddr) -> E
     };
     let agent = match sender(services, &report) {
         Ok(Sender::Agent(agent)) => agent,
-        Ok(Sender::Anonymous) => return introduce(services, &report).await,
+        Ok(Sender::Anonymous) => return introduce(services, &report),
         Err(exchanged) => return *exchanged,
     };
     let origin = Origin {
@@ -142,7 +145,8 @@ async fn read(mut body: Incoming, limit: usize) -> Result<Vec<u8>, Unread> {
         discard(body, limit).await;
         return Err(Unread::TooLarge);
     }
-    let mut bytes = Vec::with_capacity(announced);
+    // An announced length is a promise of the peer's; memory is given as bytes come.
+    let mut bytes = Vec::with_capacity(announced.min(ANNOUNCED));
     let reading = async {
         while let Some(frame) = body.frame().await {
             let Ok(data) = frame.map_err(|_| Unread::BrokenOff)?.into_data() else { continue };

@@ -5,14 +5,15 @@
 //! itself. It must not know what a report means or what the store does.
 
 use std::net::SocketAddr;
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::{SinkExt, StreamExt};
+use futures_util::{FutureExt, SinkExt, StreamExt};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
-use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::time::Sleep;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::error::{CapacityError, ProtocolError};
@@ -26,7 +27,7 @@ use crate::agent::{InstanceUid, Sender};
 use crate::clock::Tick;
 use crate::close::CloseReason;
 use crate::history::{EndTicket, Noticed};
-use crate::metrics::{DecodeFailure, Refused};
+use crate::metrics::{DecodeFailure, Metrics, Refused};
 use crate::proto::{AgentToServer, ServerToAgent};
 use crate::pulse::Link;
 use crate::session::{Exchanged, Origin, Services, Session, exchange, introduce, reject, sender};
@@ -134,11 +135,16 @@ where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
     async fn run(mut self: Box<Self>) {
-        let metrics = Arc::clone(&self.agents.services.metrics);
-        metrics.links_open.increment(1.0);
-        let end = self.converse().await;
+        let _counted = Counted::new(&self.agents.services.metrics, &self.agents.origin.link);
+        let end = match AssertUnwindSafe(self.converse()).catch_unwind().await {
+            Ok(end) => end,
+            Err(_panic) => {
+                self.agents.services.metrics.link_panics.increment(1);
+                tracing::error!(peer = %self.agents.origin.remote_addr, "the task of a link panicked; the link is closed");
+                End::Close(CloseReason::InternalError)
+            }
+        };
         Box::pin(self.finish(end)).await;
-        metrics.links_open.decrement(1.0);
     }
 
     async fn converse(&mut self) -> End {
@@ -197,9 +203,7 @@ where
 
     /// Ends what is still open, puts it on record, and then closes the socket as the end demands.
     async fn finish(mut self: Box<Self>, end: End) {
-        for ticket in self.agents.end(end) {
-            ticket.recorded().await;
-        }
+        let tickets = self.agents.end(end);
         let frame = match end {
             End::Close(reason) => Some((reason.code(), reason.label())),
             End::Text => Some((1003, "OpAMP messages are binary")),
@@ -207,7 +211,33 @@ where
             End::ClosedByPeer => None,
             End::Broken | End::Unwritable => return,
         };
-        let _peer_may_be_gone = tokio::time::timeout(CLOSING, close(&mut self.socket, frame)).await;
+        if frame.is_some() {
+            for ticket in tickets {
+                ticket.recorded().await;
+            }
+        }
+        let limit = self.agents.admission.limits().max_message_size.saturating_mul(2);
+        let _peer_may_be_gone = tokio::time::timeout(CLOSING, close(&mut self.socket, frame, limit)).await;
+    }
+}
+
+/// An open link in the metrics, until dropped.
+struct Counted {
+    metrics: Arc<Metrics>,
+    link: Arc<Link>,
+}
+
+impl Counted {
+    fn new(metrics: &Arc<Metrics>, link: &Arc<Link>) -> Self {
+        metrics.links_open.increment(1.0);
+        Self { metrics: Arc::clone(metrics), link: Arc::clone(link) }
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.metrics.links_open.decrement(1.0);
+        self.metrics.count_bytes(self.link.harvest());
     }
 }
 
@@ -296,7 +326,7 @@ impl Agents {
     async fn process(&mut self, report: Box<AgentToServer>, bytes: &Bytes) -> ServerToAgent {
         let agent = match sender(&self.services, &report) {
             Ok(Sender::Agent(agent)) => agent,
-            Ok(Sender::Anonymous) => return introduce(&self.services, &report).await.offer,
+            Ok(Sender::Anonymous) => return introduce(&self.services, &report).offer,
             Err(exchanged) => return exchanged.offer,
         };
         self.speaker = Some(agent);
@@ -392,17 +422,33 @@ impl Agents {
 }
 
 /// Sends the Close frame, or answers the peer's, and waits for the other side (S-063).
-async fn close<S>(socket: &mut WebSocketStream<S>, frame: Option<(u16, &'static str)>) -> Result<(), Error>
+///
+/// What the peer still sends is thrown away, up to `limit` bytes: a socket closed with unread bytes
+/// is reset, and then the peer may never see the Close frame.
+async fn close<S>(
+    socket: &mut WebSocketStream<S>,
+    frame: Option<(u16, &'static str)>,
+    limit: usize,
+) -> Result<(), Error>
 where
     S: AsyncRead + AsyncWrite + Unpin + Send,
 {
     match frame {
         Some((code, reason)) => {
             socket.close(Some(CloseFrame { code: code.into(), reason: reason.into() })).await?;
+            while let Some(Ok(_)) = socket.next().await {}
         }
         None => socket.flush().await?,
     }
-    while socket.next().await.transpose()?.is_some() {}
+    let socket = socket.get_mut();
+    socket.shutdown().await?;
+    let (mut discarded, mut waste) = (0, [0; READ_BUFFER]);
+    while discarded < limit {
+        match socket.read(&mut waste).await? {
+            0 => break,
+            bytes => discarded += bytes,
+        }
+    }
     Ok(())
 }
 

@@ -7,11 +7,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The modules from the bottom; each may know those of the groups before its own, and no others.
-const ORDER: [&[&str]; 11] = [
+const ORDER: [&[&str]; 12] = [
     &["proto", "clock", "close", "config"],
     &["agent", "wire"],
     &["store"],
     &["metrics"],
+    &["outage"],
     &["pulse"],
     &["history"],
     &["heartbeat", "sweep"],

@@ -162,6 +162,7 @@ async fn flush(node: &Node, agents: &[InstanceUid], held: &[Opened], now: Moment
             connection_id: held.connection_id,
             at: now,
             sequence_num: Some(7),
+            poll_silence: None,
         })
         .collect();
     while let Err(error) = node.store.update_last_seen(&seen).await {

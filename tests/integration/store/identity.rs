@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use opamp_server::close::CloseReason;
-use opamp_server::store::{AgentFilter, HistoryFilter, PageRequest, Status, Store};
+use opamp_server::store::{HistoryFilter, Status, Store};
 
 use super::scene::{ALL, Node, at, history, row, status_log, uid};
 use crate::harness::Database;
@@ -51,11 +51,11 @@ pub(super) async fn who_was_deleted_may_return(store: Arc<dyn Store>) {
 pub(super) async fn a_uid_is_assigned_once_until_it_is_used(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
     let temporary = node.open(uid(1), at(10)).await;
-    assert_eq!(store.assign_uid(Some(uid(1)), uid(2), at(11)).await, Ok(uid(2)));
+    assert_eq!(store.assign_uid(uid(1), uid(2), at(11)).await, Ok(uid(2)));
     let record = row(&store, uid(2)).await;
     assert_eq!((record.status, record.previous_id), (Status::Retired, Some(uid(1).as_uuid())));
     assert_eq!((record.created_at, record.last_connected_at), (at(11), None));
-    assert_eq!(store.assign_uid(Some(uid(1)), uid(3), at(12)).await, Ok(uid(2)));
+    assert_eq!(store.assign_uid(uid(1), uid(3), at(12)).await, Ok(uid(2)));
     assert_eq!(store.get_agent_row(uid(3)).await, Ok(None));
     node.end(&temporary, uid(1), CloseReason::UidReassigned, at(13)).await;
     let opened = node.open(uid(2), at(14)).await;
@@ -65,16 +65,7 @@ pub(super) async fn a_uid_is_assigned_once_until_it_is_used(store: Arc<dyn Store
     let record = row(&store, uid(2)).await;
     assert_eq!((record.status, record.retired_at), (Status::Online, None));
     assert_eq!(record.previous_id, Some(uid(1).as_uuid()));
-    assert_eq!(store.assign_uid(Some(uid(1)), uid(3), at(20)).await, Ok(uid(3)), "the other one is in use");
-}
-
-/// An agent that comes without any uid gets one that links to nobody, a new one each time.
-pub(super) async fn a_uid_for_nobody_is_a_record_without_past(store: Arc<dyn Store>) {
-    assert_eq!(store.assign_uid(None, uid(1), at(0)).await, Ok(uid(1)));
-    assert_eq!(store.assign_uid(None, uid(2), at(1)).await, Ok(uid(2)));
-    assert_eq!(row(&store, uid(1)).await.previous_id, None);
-    let listed = store.list_agents(&AgentFilter::default(), PageRequest { after: None, limit: 10 }).await;
-    assert_eq!(listed.map(|page| page.total), Ok(0), "nobody is listed who never reported");
+    assert_eq!(store.assign_uid(uid(1), uid(3), at(20)).await, Ok(uid(3)), "the other one is in use");
 }
 
 /// What was never seen is absent, not an error.

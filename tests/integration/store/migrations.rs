@@ -23,15 +23,20 @@ async fn inhabit(database: &Database) {
     let node = Node::start(&store, "a", at(0)).await;
     Node::start(&store, "a", at(1)).await;
     let temporary = create(&store, node.poll(uid(1), at(10))).await;
-    store.assign_uid(Some(uid(1)), uid(2), at(11)).await.expect("a uid is assigned");
+    store.assign_uid(uid(1), uid(2), at(11)).await.expect("a uid is assigned");
     node.end(&temporary, uid(1), CloseReason::UidReassigned, at(12)).await;
     let opened = node.open(uid(2), at(13)).await;
     let mut change = described(&opened, uid(2), at(14), &[("service.name", "edge")]);
     change.documents.components_hash = Some("aa".to_owned());
     change.documents.components = Some(json!({ "receivers": {} }));
     assert!(update(&store, change).await);
-    let seen =
-        Sighting { agent: uid(2), connection_id: opened.connection_id, at: at(15), sequence_num: Some(2) };
+    let seen = Sighting {
+        agent: uid(2),
+        connection_id: opened.connection_id,
+        at: at(15),
+        sequence_num: Some(2),
+        poll_silence: None,
+    };
     assert_eq!(store.update_last_seen(&[seen]).await, Ok(1));
     store.close().await;
 }

@@ -98,6 +98,7 @@ conformance! {
         a_websocket_ends_the_row_of_polls(store),
         a_poll_ends_the_row_of_a_websocket(store),
         a_poll_at_another_node_goes_on_with_the_row(store),
+        a_slow_poller_keeps_its_row_over_a_start(store),
         a_verdict_on_a_poller_yields_to_a_later_poll(store),
         a_verdict_sees_the_poll_that_was_committed_while_it_waited(database),
         polled_connections_are_listed(store),
@@ -129,7 +130,6 @@ conformance! {
         a_connected_agent_is_not_deleted(store),
         who_was_deleted_may_return(store),
         a_uid_is_assigned_once_until_it_is_used(store),
-        a_uid_for_nobody_is_a_record_without_past(store),
         an_unknown_agent_is_nothing(store),
     }
     lists {

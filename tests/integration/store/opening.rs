@@ -196,8 +196,7 @@ pub(super) async fn two_clean_stays_are_two_rows(store: Arc<dyn Store>) {
 pub(super) async fn an_opening_done_again_is_the_same_row(database: &Database) {
     let (store, raw) = (database.open().await, database.raw().await);
     let node = Node::start(&store, "a", at(0)).await;
-    for new in
-        [node.arrival(uid(1), at(10)), NewConnection { continues_since: None, ..node.poll(uid(2), at(10)) }]
+    for new in [node.arrival(uid(1), at(10)), NewConnection { first_poll: None, ..node.poll(uid(2), at(10)) }]
     {
         let agent = new.agent;
         let first = create(&store, new.clone()).await;

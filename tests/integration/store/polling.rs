@@ -1,6 +1,7 @@
 //! Plain HTTP: one row spans the polls, whichever node they reach.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use opamp_server::close::CloseReason;
 use opamp_server::store::{
@@ -76,6 +77,34 @@ pub(super) async fn a_poll_at_another_node_goes_on_with_the_row(store: Arc<dyn S
     assert_eq!(row(&store, uid(1)).await.status, Status::Offline);
 }
 
+/// A poller sets its own pace, and that is on record: a slow one goes on with its row at any node, also
+/// after a start, as long as it keeps to its pace.
+pub(super) async fn a_slow_poller_keeps_its_row_over_a_start(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    let first = create(&store, node.poll(uid(1), at(10))).await;
+    assert_eq!((first.continued, first.poll_silence), (false, None));
+    let pace = Duration::from_mins(30);
+    let seen = Sighting {
+        agent: uid(1),
+        connection_id: first.connection_id,
+        at: at(100),
+        sequence_num: None,
+        poll_silence: Some(pace),
+    };
+    assert_eq!(store.update_last_seen(&[seen]).await, Ok(1));
+    let (node, found) = Node::start_as(&store, new_node("a", at(1_000))).await;
+    assert_eq!(found.lost_connections, 0, "15 minutes of silence are nothing for it");
+    let polled = store.list_polled_connections().await.expect("the store answers");
+    assert_eq!(polled.iter().map(|poll| poll.poll_silence_ms).collect::<Vec<_>>(), [Some(1_800_000)]);
+    let next = create(&store, node.poll(uid(1), at(1_900))).await;
+    assert_eq!((next.connection_id, next.poll_silence), (first.connection_id, Some(pace)));
+    let late = create(&store, node.poll(uid(1), at(3_701))).await;
+    assert_eq!(late.displaced.map(|displaced| displaced.reason), Some(CloseReason::HeartbeatTimeout));
+    assert_eq!(late.poll_silence, None, "a new row starts without a pace");
+    let (_, found) = Node::start_as(&store, new_node("a", at(3_900))).await;
+    assert_eq!(found.lost_connections, 1);
+}
+
 /// A verdict on a poller counts only if the store did not see the agent meanwhile.
 pub(super) async fn a_verdict_on_a_poller_yields_to_a_later_poll(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
@@ -85,8 +114,13 @@ pub(super) async fn a_verdict_on_a_poller_yields_to_a_later_poll(store: Arc<dyn 
         unless_seen_after: Some(at(seen)),
         ..node.end_of(&opened, uid(1), CloseReason::HeartbeatTimeout, at(seen))
     };
-    let elsewhere =
-        Sighting { agent: uid(1), connection_id: opened.connection_id, at: at(60), sequence_num: Some(3) };
+    let elsewhere = Sighting {
+        agent: uid(1),
+        connection_id: opened.connection_id,
+        at: at(60),
+        sequence_num: Some(3),
+        poll_silence: None,
+    };
     assert_eq!(store.update_last_seen(&[elsewhere]).await, Ok(1));
     let refused = end(&store, verdict(10)).await;
     assert_eq!((refused.duration_seconds, refused.status), (None, None));
@@ -137,6 +171,7 @@ pub(super) async fn polled_connections_are_listed(store: Arc<dyn Store>) {
         connected_at: at(10),
         last_seen_at: at(15),
         sequence_num: Some(4),
+        poll_silence_ms: None,
     };
     assert_eq!(store.list_polled_connections().await, Ok(vec![polled]));
 }

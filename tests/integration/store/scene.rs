@@ -45,7 +45,7 @@ pub(crate) fn new_node(name: &str, at: Moment) -> NewNode {
         lease: Duration::from_secs(10),
         at,
         return_time: RETURN_TIME,
-        polls_since: at.before(POLL_DEADLINE),
+        first_poll: POLL_DEADLINE,
     }
 }
 
@@ -78,7 +78,7 @@ impl Node {
             node_seq: self.openings.fetch_add(1, Ordering::Relaxed),
             at,
             last_proof: None,
-            continues_since: None,
+            first_poll: None,
         }
     }
 
@@ -86,7 +86,7 @@ impl Node {
     pub(crate) fn poll(&self, agent: InstanceUid, at: Moment) -> NewConnection {
         NewConnection {
             transport: Transport::Http,
-            continues_since: Some(at.before(POLL_DEADLINE)),
+            first_poll: Some(POLL_DEADLINE),
             ..self.arrival(agent, at)
         }
     }

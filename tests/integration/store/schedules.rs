@@ -11,7 +11,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
-use super::scene::{Node, at, create, end, fault_of, history, new_node, report, row, status_log, update};
+use super::scene::{Node, at, create, described, end, fault_of, history, new_node, row, status_log, update};
 use crate::harness::{Database, Kind, Raw};
 
 /// One event of a schedule; numbers choose among what there is at that moment.
@@ -91,7 +91,12 @@ impl World {
             }
             Event::Restart { node } => {
                 let again = new_node(&self.names[node], at(self.now));
-                self.nodes[node] = Node::start_as(&self.store, again).await.0;
+                let gone =
+                    std::mem::replace(&mut self.nodes[node], Node::start_as(&self.store, again).await.0);
+                let rows = history(&self.store, self.agent).await;
+                let left =
+                    rows.iter().find(|row| row.node_id == Some(gone.id) && row.disconnected_at.is_none());
+                prop_assert!(left.is_none(), "a restart forgot its predecessor's {left:?}");
             }
             Event::Open { node, polls, skew } => {
                 let node = &self.nodes[node];
@@ -167,18 +172,41 @@ impl World {
     async fn flush(&self, choice: usize) -> Result<(), TestCaseError> {
         let Some(held) = self.connection(choice) else { return Ok(()) };
         let (connection_id, when) = (held.connection_id, at(self.now));
-        let fence = row(&self.store, self.agent).await.connection_id;
-        let seen = Sighting { agent: self.agent, connection_id, at: when, sequence_num: Some(7) };
+        let before = row(&self.store, self.agent).await;
+        let counts = before.connection_id == Some(connection_id) && before.last_seen_at < Some(when);
+        let seen = Sighting {
+            agent: self.agent,
+            connection_id,
+            at: when,
+            sequence_num: Some(7),
+            poll_silence: None,
+        };
         let changed = self.store.update_last_seen(&[seen]).await.expect("the flush is written");
-        prop_assert!(changed == 0 || fence == Some(connection_id));
+        prop_assert_eq!(changed, u64::from(counts));
         Ok(())
     }
 
     async fn update(&self, choice: usize) -> Result<(), TestCaseError> {
         let Some(held) = self.connection(choice) else { return Ok(()) };
         let fence = row(&self.store, self.agent).await.connection_id;
-        let stored = update(&self.store, report(held, self.agent, at(self.now))).await;
+        let number = self.now.to_string();
+        let attributes = [("service.name", "edge"), (number.as_str(), "x")];
+        let mut change = described(held, self.agent, at(self.now), &attributes);
+        change.sequence_num = (self.now % 2 == 0).then(|| self.now.unsigned_abs());
+        change.documents.health = Some(self.now.into());
+        let stored = update(&self.store, change.clone()).await;
         prop_assert_eq!(stored, fence == Some(held.connection_id));
+        if stored {
+            let kept = self.store.get_agent(self.agent).await.expect("the store answers");
+            let kept = kept.expect("the agent is on record");
+            let described = change.documents.description.map(|described| described.document);
+            prop_assert_eq!((kept.description, kept.health), (described, change.documents.health));
+            prop_assert_eq!(kept.sequence_num, change.sequence_num.map(u64::cast_signed));
+            let agent = self.raw.literal(self.agent);
+            let keys = format!("SELECT key FROM agent_attributes WHERE agent_id = {agent} ORDER BY key");
+            let keys: Vec<(String,)> = self.raw.rows(keys).await;
+            prop_assert_eq!(keys, [(number,), ("service.name".to_owned(),)]);
+        }
         Ok(())
     }
 

@@ -173,6 +173,7 @@ pub(super) async fn a_sign_of_life_needs_the_fence_and_never_goes_back(store: Ar
         connection_id,
         at: at(seconds),
         sequence_num: Some(number),
+        poll_silence: None,
     };
     let flush = [seen(older.connection_id, uid(1), 60, 9), seen(other.connection_id, uid(2), 30, 5)];
     assert_eq!(store.update_last_seen(&flush).await, Ok(1));
@@ -194,8 +195,13 @@ pub(super) async fn a_sign_of_life_that_meets_a_take_over_changes_nothing(databa
     let node = Node::start(&store, "a", at(0)).await;
     let older = node.open(uid(1), at(10)).await;
     let newcomer = raw.hold(&[take_over(&raw.literal(uid(1)), &raw.moment(at(20)))]).await;
-    let late =
-        [Sighting { agent: uid(1), connection_id: older.connection_id, at: at(30), sequence_num: Some(9) }];
+    let late = [Sighting {
+        agent: uid(1),
+        connection_id: older.connection_id,
+        at: at(30),
+        sequence_num: Some(9),
+        poll_silence: None,
+    }];
     let flush = store.update_last_seen(&late);
     let changed = if raw.locks_rows() {
         let changed = flush.await;
@@ -224,8 +230,13 @@ pub(super) async fn a_number_that_is_unknown_is_stored_as_unknown(store: Arc<dyn
     known.sequence_num = Some(0);
     update(&store, known).await;
     assert_eq!(detail(&store, 1).await.sequence_num, Some(0));
-    let unknown =
-        Sighting { agent: uid(1), connection_id: opened.connection_id, at: at(12), sequence_num: None };
+    let unknown = Sighting {
+        agent: uid(1),
+        connection_id: opened.connection_id,
+        at: at(12),
+        sequence_num: None,
+        poll_silence: None,
+    };
     assert_eq!(store.update_last_seen(&[unknown]).await, Ok(1));
     assert_eq!(detail(&store, 1).await.sequence_num, None);
     let mut gap = report(&opened, uid(1), at(13));
