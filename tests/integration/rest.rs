@@ -268,6 +268,8 @@ async fn problems_are_problem_json_and_name_what_is_wrong() {
     }
     for (query, name) in [
         ("limit=0", "limit"),
+        ("q=%00", "q"),
+        ("attr.os=a%00b", "attr.os"),
         ("limit=1001", "limit"),
         ("limit=ten", "limit"),
         ("cursor=nonsense", "cursor"),

@@ -1,14 +1,17 @@
 //! SIGTERM to the real binary: everything is on record before anybody is told, and the next start knows.
 
+use std::panic::AssertUnwindSafe;
 use std::time::Duration;
 
+use futures_util::FutureExt;
+use futures_util::future::join_all;
 use rustix::process::Signal;
 use serde_json::json;
 use tokio::time::Instant;
 
 use crate::harness::Database;
-use crate::harness::agent::{Agent, Poller, Socket, assert_acknowledged};
-use crate::harness::server::{Process, TestServer, eventually, moment};
+use crate::harness::agent::{Agent, Poller, Received, Socket, assert_acknowledged};
+use crate::harness::server::{Process, SOON, TestServer, eventually, moment};
 
 /// How long stopping may take, `shutdown.drain` included.
 const LIMIT: Duration = Duration::from_secs(6);
@@ -134,6 +137,56 @@ async fn a_peer_that_never_answers_delays_the_stop_only_so_long() {
     assert!(moment(&row["disconnected_at"]) <= moment(&row["disconnected_by"]), "{row}");
     let status = server.status(agent.uid).await;
     assert_eq!((&status["status"], &status["connected"]), (&json!("online"), &json!(false)));
+}
+
+/// An idle connection over plain HTTP, which would live for minutes, holds up nobody who stops.
+#[tokio::test]
+async fn an_idle_http_connection_does_not_hold_up_a_stop() {
+    let server = TestServer::with(|config| config.shutdown.drain = Duration::from_mins(10)).await;
+    let mut agent = Agent::new();
+    let mut idle = Poller::connect(&server).await;
+    idle.exchange(&agent.full()).await;
+    let stopped = tokio::time::timeout(SOON, server.stop()).await;
+    assert!(matches!(stopped, Ok(Ok(()))), "{stopped:?}");
+    drop(idle);
+}
+
+/// Openings on their way when the server stops end on record, by the server's own word: the next
+/// start has nothing to clean up.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_stop_in_the_middle_of_openings_leaves_no_row_open() {
+    for round in 0..5 {
+        let database = Database::sqlite();
+        let server =
+            TestServer::on(&database, |config| config.shutdown.drain = Duration::from_millis(200)).await;
+        let ports = *server;
+        let (begun, mut some_have) = tokio::sync::mpsc::channel(1_000);
+        let greetings = (0..200).map(|_| {
+            let begun = begun.clone();
+            async move {
+                let mut socket = Socket::connect(&ports).await;
+                socket.send(&Agent::new().full()).await;
+                begun.send(()).await.expect("the test listens");
+                while !matches!(socket.receive().await, Received::Close(..) | Received::End) {}
+            }
+        });
+        let stopping = async {
+            for _ in 0..40 * (round + 1) {
+                some_have.recv().await;
+            }
+            server.stop().await
+        };
+        // Who did not get in before the stop is refused, and its task ends in a panic of its own.
+        let greetings = greetings.map(|greeting| AssertUnwindSafe(greeting).catch_unwind());
+        let (stopped, _greeted) = tokio::join!(stopping, join_all(greetings));
+        assert!(matches!(stopped, Ok(())), "round {round}: {stopped:?}");
+        let raw = database.raw().await;
+        let open = "SELECT count(*) FROM agent_connection_history WHERE disconnected_at IS NULL";
+        assert_eq!(raw.number(open).await, 0, "round {round}");
+        let others =
+            "SELECT count(*) FROM agent_connection_history WHERE disconnect_reason <> 'server_shutdown'";
+        assert_eq!(raw.number(others).await, 0, "round {round}");
+    }
 }
 
 /// A name in use is refused at start, with a sentence that names the cure and exit code 1.

@@ -3,7 +3,7 @@
 use serde_json::json;
 
 use crate::harness::Database;
-use crate::harness::agent::{Agent, Received, Socket, assert_acknowledged};
+use crate::harness::agent::{Agent, Received, Socket, assert_acknowledged, description};
 use crate::harness::server::{TestServer, eventually, moment};
 
 /// S-061: an agent that says goodbye is offline before it is answered.
@@ -94,6 +94,36 @@ async fn a_newcomer_takes_over_and_the_late_close_changes_nothing() {
     assert_eq!(status["active_connection"]["id"], rows[0]["id"]);
     let metrics = server.metrics().await;
     assert!((metrics.value("opamp_connections_open{transport=\"websocket\"}") - 1.0).abs() < 0.5);
+}
+
+/// A newcomer takes over while a report of the older link is being stored: the older link is closed,
+/// and what it still says opens nothing.
+#[tokio::test]
+async fn a_displaced_link_in_the_middle_of_a_report_does_not_take_its_agent_back() {
+    let server = TestServer::fresh().await;
+    for round in 0..20 {
+        let mut agent = Agent::new();
+        let (mut older, _) = Socket::greet(&server, &agent.full()).await;
+        // Changes, so that the newcomer meets a save in flight, and one more that comes too late.
+        for name in ["a", "b", "c"] {
+            let mut change = agent.report();
+            change.agent_description = Some(description(&[("service.name", name)]));
+            older.send(&change).await;
+        }
+        let (mut newer, _) = Socket::greet(&server, &agent.report()).await;
+        let closed = loop {
+            match older.receive().await {
+                Received::Offer(_) | Received::Ping => {}
+                Received::Close(code, reason) => break (code, reason),
+                Received::End => panic!("no Close frame in round {round}"),
+            }
+        };
+        assert_eq!(closed, (1008, "superseded".to_owned()), "round {round}");
+        assert_acknowledged(&newer.exchange(&agent.bare()).await, agent.uid);
+        let rows = server.history(agent.uid).await;
+        assert_eq!(rows.len(), 2, "round {round}: {rows:?}");
+        assert!(rows[0]["disconnected_at"].is_null(), "round {round}: {rows:?}");
+    }
 }
 
 /// On a shared link only the displaced agent goes; the others stay on it.
