@@ -5,6 +5,7 @@
 //! know links or sessions: whoever holds a place for the connection gives `on_verdict`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
@@ -14,10 +15,14 @@ use crate::clock::Tick;
 use crate::close::CloseReason;
 use crate::history::{History, Noticed, OpenConnection};
 use crate::metrics::Metrics;
+use crate::sight::Sight;
 use crate::store::Transport;
 
 /// How many new connections may wait for the monitor to take them in.
 const INTAKE: usize = 1_024;
+
+/// How long a verdict waits that must not fall now.
+const UNSURE: Duration = Duration::from_millis(200);
 
 /// The handle by which connections come under watch; cheap to clone.
 #[derive(Clone, Debug)]
@@ -39,9 +44,10 @@ pub type OnVerdict = Box<dyn Fn(&Arc<OpenConnection>) + Send + Sync>;
 /// The task that watches; exactly one runs.
 pub struct HeartbeatMonitor {
     history: History,
+    sight: Arc<Sight>,
     metrics: Arc<Metrics>,
     /// Added to a poller's deadline, so that another node's sighting is in the store by then.
-    poll_grace: std::time::Duration,
+    poll_grace: Duration,
     on_verdict: OnVerdict,
     intake: mpsc::Receiver<(Arc<OpenConnection>, Tick)>,
     deadlines: DelayQueue<Watched>,
@@ -63,14 +69,15 @@ impl HeartbeatMonitor {
     #[must_use]
     pub fn new(
         history: History,
+        sight: Arc<Sight>,
         metrics: Arc<Metrics>,
-        poll_grace: std::time::Duration,
+        poll_grace: Duration,
         on_verdict: OnVerdict,
     ) -> (Watch, Self) {
         let (sender, intake) = mpsc::channel(INTAKE);
         (
             Watch { intake: sender },
-            Self { history, metrics, poll_grace, on_verdict, intake, deadlines: DelayQueue::new() },
+            Self { history, sight, metrics, poll_grace, on_verdict, intake, deadlines: DelayQueue::new() },
         )
     }
 
@@ -91,6 +98,8 @@ impl HeartbeatMonitor {
         let connection = &watched.connection;
         let beat = connection.pulse.beat();
         let deadline = beat.deadline(connection.transport, &connection.link, self.history.expected());
+        let seen = beat.last_seen(connection.transport, &connection.link);
+        let deadline = deadline.after(self.sight.blindness_since(seen));
         match connection.transport {
             Transport::Websocket => deadline.max(watched.not_before),
             Transport::Http => deadline.max(watched.not_before).after(self.poll_grace),
@@ -111,6 +120,10 @@ impl HeartbeatMonitor {
         let now = self.history.clock().tick();
         if now < deadline {
             self.arm(watched);
+            return;
+        }
+        if !self.sight.can_judge(now) {
+            self.deadlines.insert(watched, UNSURE);
             return;
         }
         let connection = &watched.connection;

@@ -25,17 +25,19 @@
 //!
 //! - [`heartbeat`] alone says that an agent fell silent; it holds a deadline per connection and
 //!   re-arms lazily.
+//! - [`sight`] knows when the server itself was blind; nobody is accused for such a time.
 //! - [`store`] decides races: every write carries its connection's id, the fence, and changes nothing
 //!   once a newer connection took over.
 //! - [`sweep`] carries out what time alone changes: return times that have passed, stale agents.
+//!   [`retention`] alone forgets.
 //! - [`close`] is the closed list of ends, with whose end it is; the status of an agent follows.
 //!
 //! ## Who may know whom
 //!
 //! From the bottom: `proto`, `clock`, `close`, `config` know nothing of ours; `agent` and `wire` know
-//! those; then `store`, `metrics`, `outage`, `pulse`, `history`, `heartbeat`, `session`, `transport` and `api`
-//! beside it, `server`. SQL is spoken in `store` only, axum in `api` and `server` only, hyper in
-//! `transport` only. A test reads the sources and holds them to it.
+//! those; then `store`, `metrics`, `outage`, `sight`, `pulse`, `history`, `heartbeat`, `sweep`
+//! and `retention`, `session`, `transport` and `api` beside it, `server`, and `healthcheck` apart. SQL is spoken in `store` only, axum in `api` and `server` only, hyper in
+//! `transport` and, as a client, in `healthcheck` only. A test reads the sources and holds them to it.
 //!
 //! Two things differ from what one might expect. `pulse` stands between `store` and `history`
 //! because a deadline is computed from a link's and a connection's signs of life alone, and both
@@ -47,14 +49,17 @@ pub mod api;
 pub mod clock;
 pub mod close;
 pub mod config;
+pub mod healthcheck;
 pub mod heartbeat;
 pub mod history;
 pub mod metrics;
 pub mod outage;
 pub mod proto;
 pub mod pulse;
+pub mod retention;
 pub mod server;
 pub mod session;
+pub mod sight;
 pub mod store;
 pub mod sweep;
 pub mod transport;

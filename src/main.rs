@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 use opamp_server::config::{Config, ConfigError, Loaded, LogFormat, Overrides};
+use opamp_server::healthcheck;
 use opamp_server::server::Server;
 use opamp_server::store;
 use tokio::signal::unix::{SignalKind, signal};
@@ -18,7 +19,7 @@ use tracing_subscriber::EnvFilter;
 #[command(version, about)]
 struct Arguments {
     /// Configuration file (TOML); every key also has an environment variable `OPAMP_SECTION_KEY`.
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, value_name = "FILE", env = "OPAMP_CONFIG")]
     config: Option<PathBuf>,
     /// Address and port where agents connect [default: 127.0.0.1:4320].
     #[arg(long, global = true, value_name = "ADDRESS")]
@@ -41,6 +42,8 @@ enum Command {
         #[arg(long)]
         no_migrate: bool,
     },
+    /// Ask the running server of this configuration whether it is ready; exit code 1 if it is not.
+    Healthcheck,
     /// Look at the store's schema or change it.
     #[command(subcommand)]
     Migrate(Migrate),
@@ -135,6 +138,7 @@ fn run(loaded: &Loaded, command: Option<Command>) -> anyhow::Result<()> {
     let result = match command {
         None => runtime.block_on(serve(&loaded.config, true)),
         Some(Command::Serve { no_migrate }) => runtime.block_on(serve(&loaded.config, !no_migrate)),
+        Some(Command::Healthcheck) => runtime.block_on(healthcheck(&loaded.config)),
         Some(Command::Migrate(migrate)) => runtime.block_on(migrations(&loaded.config, migrate)),
         Some(Command::Configuration(Configuration::Check)) => Ok(()),
     };
@@ -179,6 +183,12 @@ async fn serve(config: &Config, migrate: bool) -> anyhow::Result<()> {
         _ = terminate.recv() => anyhow::bail!("stopped at once by a second SIGTERM"),
         _ = interrupt.recv() => anyhow::bail!("stopped at once by a second SIGINT"),
     }
+}
+
+/// Prints what the server says of itself; an error unless it is ready.
+async fn healthcheck(config: &Config) -> anyhow::Result<()> {
+    print(&healthcheck::ask(config.operators.listen).await?);
+    Ok(())
 }
 
 async fn migrations(config: &Config, command: Migrate) -> anyhow::Result<()> {

@@ -5,6 +5,7 @@
 
 use metrics::{Counter, Gauge, Histogram};
 use metrics_exporter_prometheus::{Matcher, PrometheusBuilder, PrometheusHandle, PrometheusRecorder};
+use metrics_process::Collector;
 
 use crate::agent::report::Kind;
 use crate::close::CloseReason;
@@ -148,6 +149,29 @@ impl Label for Refused {
     }
 }
 
+/// What is kept for `retention.history`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// Ended connections.
+    Connections,
+    /// Changes of status.
+    Transitions,
+    /// Retired agents without history.
+    Agents,
+}
+
+impl Label for Kept {
+    const NAME: &'static str = "kind";
+    const ALL: &'static [Self] = &[Self::Connections, Self::Transitions, Self::Agents];
+    fn word(self) -> &'static str {
+        match self {
+            Self::Connections => "connections",
+            Self::Transitions => "transitions",
+            Self::Agents => "agents",
+        }
+    }
+}
+
 /// The direction of bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
@@ -239,6 +263,7 @@ macro_rules! metrics {
         #[derive(Debug)]
         pub struct Metrics {
             $( #[doc = $help] pub $field: $kind, )*
+            process: Collector,
             recorder: Recorder,
         }
 
@@ -249,6 +274,7 @@ macro_rules! metrics {
             fn declare(recorder: Recorder) -> Self {
                 metrics::with_local_recorder(&recorder.0, || Self {
                     $( $field: Declare::declare($name, $help.trim_ascii()), )*
+                    process: describe_process(),
                     recorder: recorder.clone(),
                 })
             }
@@ -301,8 +327,19 @@ metrics! {
     store_failures: Counter = "opamp_store_failures_total";
     /// Signs of life stored.
     sightings: Counter = "opamp_sightings_stored_total";
+    /// Seconds in which this server could not judge, because it was stopped, starved or without its store.
+    blind_seconds: Counter = "opamp_blind_seconds_total";
+    /// Rows that were deleted because they were older than `retention.history`.
+    retention_deleted: Family<Kept, Counter> = "opamp_retention_deleted_total";
     /// Always 1; the label tells the version.
     build_info: Family<Version, Gauge> = "opamp_build_info";
+}
+
+/// The process's own metrics, by Prometheus' names: CPU, memory, files, start.
+fn describe_process() -> Collector {
+    let collector = Collector::default();
+    collector.describe();
+    collector
 }
 
 /// The recorder behind the metrics.
@@ -362,6 +399,7 @@ impl Metrics {
     /// The text of `/metrics`.
     #[must_use]
     pub fn render(&self) -> String {
+        metrics::with_local_recorder(&self.recorder.0, || self.process.collect());
         self.recorder.1.run_upkeep();
         self.recorder.1.render()
     }
@@ -387,6 +425,9 @@ mod tests {
             metrics.connection_duration.of(reason).record(2.0);
         }
         let text = metrics.render();
+        for name in ["process_resident_memory_bytes", "process_cpu_seconds_total", "process_open_fds"] {
+            assert!(text.contains(&format!("\n{name} ")), "{name} in:\n{text}");
+        }
         for name in Metrics::NAMES {
             assert!(text.contains(&format!("# HELP {name} ")), "{name} has no help in:\n{text}");
             assert!(

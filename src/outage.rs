@@ -33,6 +33,12 @@ impl Outage {
         }
     }
 
+    /// True while the store does not write.
+    #[must_use]
+    pub fn is_away(&self) -> bool {
+        self.away.load(Ordering::Relaxed)
+    }
+
     /// Notes that the store wrote again.
     pub fn written(&self) {
         // A load first: after every commit, and hardly ever anything to say.

@@ -1,7 +1,7 @@
 //! The server: everything is built here once, from top to bottom, and stopped in the opposite order.
 //!
-//! Two listeners, one task tracker for links, one set of owner tasks (writer, monitor, verdicts,
-//! sweep, flush, lease, clock). An owner that ends before it is told to stops the server: the next
+//! Two listeners, one task tracker for links, one set of owner tasks (writer, monitor, sight,
+//! verdicts, sweep, retention, flush, lease, clock). An owner that ends before it is told to stops the server: the next
 //! start tells the truth. A link's panic ends that link only.
 
 use std::net::SocketAddr;
@@ -25,8 +25,10 @@ use crate::history::{History, Noticed, OpenConnection, Writer};
 use crate::metrics::Metrics;
 use crate::outage::Outage;
 use crate::pulse::{Expectations, Link, Pulse};
+use crate::retention::Retention;
 use crate::session::hub::Hub;
 use crate::session::{Services, flush};
+use crate::sight::Sight;
 use crate::store::{self, NewNode, Store, StoreError, Transport};
 use crate::sweep::{Sweep, Verdicts};
 use crate::transport::{Admission, Limits, Listener};
@@ -136,7 +138,7 @@ impl Server {
         own(&mut owners, "writer", writer.run(stops.writing.clone()));
         own(&mut owners, "heartbeat monitor", monitor.run(stops.judging.clone()));
         restore(&services, &name, node_id, config).await?;
-        own_timers(&mut owners, config, &services, &stops);
+        own_timers(&mut owners, config, &services, node_id, &stops);
         let lease = hold_lease(
             Arc::clone(&services),
             node_id,
@@ -332,24 +334,35 @@ async fn assemble(
         node_id,
         expected,
     );
+    let sight = Arc::new(Sight::new(clock.clone(), Arc::clone(&metrics), Arc::clone(&outage)));
     let hub = Arc::new(Hub::new(Arc::clone(&metrics)));
     let leaving = Arc::clone(&hub);
     let (watch, monitor) = HeartbeatMonitor::new(
         history.clone(),
+        Arc::clone(&sight),
         Arc::clone(&metrics),
         config.store.flush_interval,
         Box::new(move |connection| leaving.leave(connection)),
     );
     let closing = AtomicBool::new(false);
-    let services = Services { store, history, hub, watch, clock, metrics, outage, closing };
+    let services = Services { store, history, hub, watch, clock, metrics, outage, sight, closing };
     Ok((Arc::new(services), writer, monitor))
 }
 
 /// Starts the owners that act by the clock.
-fn own_timers(owners: &mut JoinSet<&'static str>, config: &Config, services: &Arc<Services>, stops: &Stops) {
+fn own_timers(
+    owners: &mut JoinSet<&'static str>,
+    config: &Config,
+    services: &Arc<Services>,
+    node_id: Uuid,
+    stops: &Stops,
+) {
+    own(owners, "sight", Arc::clone(&services.sight).run(stops.judging.clone()));
     let verdicts = Verdicts {
         store: Arc::clone(&services.store),
         history: services.history.clone(),
+        sight: Arc::clone(&services.sight),
+        node_id,
         outage: Arc::clone(&services.outage),
         check_interval: config.heartbeat.check_interval,
     };
@@ -363,6 +376,14 @@ fn own_timers(owners: &mut JoinSet<&'static str>, config: &Config, services: &Ar
         ephemeral: config.sweep.ephemeral,
     };
     own(owners, "sweep", sweep.run(stops.judging.clone()));
+    let retention = Retention {
+        store: Arc::clone(&services.store),
+        clock: services.clock.clone(),
+        metrics: Arc::clone(&services.metrics),
+        outage: Arc::clone(&services.outage),
+        history: config.retention.history,
+    };
+    own(owners, "retention", retention.run(stops.judging.clone()));
     let flush = flush::run(Arc::clone(services), config.store.flush_interval, stops.flushing.clone());
     own(owners, "flush", flush);
     own(owners, "clock", anchor(Arc::clone(services), stops.writing.clone()));
@@ -442,6 +463,7 @@ async fn restore(
             first_poll: expected.first_poll(),
         })
         .await?;
+    services.metrics.connections_ended.of(CloseReason::ServerLost).increment(started.lost_connections);
     if started.lost_connections > 0 {
         tracing::warn!(
             connections = started.lost_connections,
@@ -461,7 +483,7 @@ async fn restore(
         services.hub.enter(&connection);
         services.watch.over(connection, tick.after(expected.return_time())).await;
     }
-    tracing::info!(%node_id, name, polled = polled.len(), unwatched = ?started.unwatched, "node started");
+    tracing::info!(%node_id, name, polled = polled.len(), unwatched_seconds = started.unwatched.map(|time| time.as_secs()), "node started");
     Ok(())
 }
 

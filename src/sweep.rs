@@ -8,11 +8,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use crate::clock::{Clock, Moment};
 use crate::config::Ephemeral;
 use crate::history::{History, log_status_change};
 use crate::outage::Outage;
+use crate::sight::Sight;
 use crate::store::{Status, Store, StoreError};
 
 /// The shortest pause between two looks at pending verdicts.
@@ -24,6 +26,10 @@ pub struct Verdicts {
     pub store: Arc<dyn Store>,
     /// Tells when one was added.
     pub history: History,
+    /// Whether a verdict may fall.
+    pub sight: Arc<Sight>,
+    /// This node, which moves verdicts only where no other one saw the fleet meanwhile.
+    pub node_id: Uuid,
     /// Whether the store is away.
     pub outage: Arc<Outage>,
     /// Pace of the safety net.
@@ -39,8 +45,9 @@ impl std::fmt::Debug for Verdicts {
 impl Verdicts {
     /// Works until `stop` is cancelled.
     pub async fn run(self, stop: CancellationToken) {
+        let mut forgiven = 0;
         loop {
-            let pause = self.carry_out().await.unwrap_or_else(|error| {
+            let pause = self.carry_out(&mut forgiven).await.unwrap_or_else(|error| {
                 self.outage.failed("pending verdicts", &error);
                 self.check_interval
             });
@@ -53,8 +60,20 @@ impl Verdicts {
     }
 
     /// Carries out what is due; answers how long to wait for the next.
-    async fn carry_out(&self) -> Result<Duration, StoreError> {
+    ///
+    /// `forgiven` counts the blindnesses for which agents were given their return time anew.
+    async fn carry_out(&self, forgiven: &mut usize) -> Result<Duration, StoreError> {
+        if !self.sight.can_judge(self.history.clock().tick()) {
+            return Ok(SHORTEST_PAUSE);
+        }
         let now = self.history.now();
+        let noticed = self.sight.noticed();
+        if *forgiven < noticed {
+            if !self.store.has_living_peer(self.node_id).await? {
+                self.store.postpone_verdicts(now, self.history.expected().return_time()).await?;
+            }
+            *forgiven = noticed;
+        }
         let next = self.store.next_overdue().await?;
         if next.is_some_and(|next| next <= now) {
             self.store.update_overdue_status(now).await?.iter().for_each(log_status_change);

@@ -1,6 +1,7 @@
 //! Whether the server lives, is ready, and what it counts.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
@@ -10,6 +11,10 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::ApiState;
+use crate::store::StoreError;
+
+/// How long the fleet's gauges may take: a scrape must not wait for a store that hangs.
+const GAUGES: Duration = Duration::from_secs(2);
 
 /// The answer of a probe.
 #[derive(Debug, Serialize, ToSchema)]
@@ -48,7 +53,8 @@ pub(super) async fn readyz(State(state): State<ApiState>) -> (StatusCode, Json<P
     (status = 200, description = "Metrics", body = String, content_type = "text/plain"),
 ))]
 pub(super) async fn metrics(State(state): State<ApiState>) -> Response {
-    match state.store.summarize_agents().await {
+    let summary = tokio::time::timeout(GAUGES, state.store.summarize_agents()).await;
+    match summary.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".to_owned()))) {
         Ok(summary) => {
             let gauges = [
                 (&state.metrics.agents_online, summary.online),

@@ -47,8 +47,12 @@ pub(super) enum Slot<'a> {
 }
 
 const MAX_SIZE: usize = 1 << 30;
+/// Less than this and single messages would wait for each other for nothing.
+const MIN_INFLIGHT: usize = 1 << 20;
+const MAX_INFLIGHT: usize = 1 << 40;
 /// Longer durations are slips of the pen, and far below what clocks can add.
-const YEAR: Duration = Duration::from_hours(8766);
+const YEAR: Duration = Duration::from_hours(365 * 24);
+const CENTURY: Duration = Duration::from_hours(36_500 * 24);
 const SHORT: RangeInclusive<Duration> = Duration::from_millis(10)..=YEAR;
 const MEDIUM: RangeInclusive<Duration> = Duration::from_millis(100)..=YEAR;
 const ANY: RangeInclusive<Duration> = Duration::ZERO..=YEAR;
@@ -58,7 +62,7 @@ const fn key(section: &'static str, name: &'static str, slot: fn(&mut Config) ->
 }
 
 /// All keys, section by section, in the order in which they are shown.
-pub(super) static ALL: [Key; 24] = [
+pub(super) static ALL: [Key; 27] = [
     key("agents", "listen", |c| Slot::Address(&mut c.agents.listen)),
     key("agents", "path", |c| Slot::Path(&mut c.agents.path)),
     Key {
@@ -67,7 +71,11 @@ pub(super) static ALL: [Key; 24] = [
     },
     key("agents", "allow_anonymous", |c| Slot::Switch(&mut c.agents.allow_anonymous)),
     key("agents", "max_connections", |c| Slot::Count(&mut c.agents.max_connections, 1..=10_000_000)),
+    key("agents", "max_connects_per_second", |c| {
+        Slot::Count(&mut c.agents.max_connects_per_second, 1..=10_000_000)
+    }),
     key("agents", "max_message_size", |c| Slot::Size(&mut c.agents.max_message_size, 1..=MAX_SIZE)),
+    key("agents", "max_inflight", |c| Slot::Size(&mut c.agents.max_inflight, MIN_INFLIGHT..=MAX_INFLIGHT)),
     key("agents", "max_per_link", |c| Slot::Count(&mut c.agents.max_per_link, 1..=10_000_000)),
     key("operators", "listen", |c| Slot::Address(&mut c.operators.listen)),
     key("operators", "token", |c| Slot::Token(&mut c.operators.token)),
@@ -81,6 +89,7 @@ pub(super) static ALL: [Key; 24] = [
     key("sweep", "interval", |c| Slot::Span(&mut c.sweep.interval, SHORT)),
     key("sweep", "stale_after", |c| Slot::Span(&mut c.sweep.stale_after, SHORT)),
     key("sweep", "ephemeral", |c| Slot::Ephemeral(&mut c.sweep.ephemeral)),
+    key("retention", "history", |c| Slot::Span(&mut c.retention.history, Duration::ZERO..=CENTURY)),
     key("node", "name", |c| Slot::Name(&mut c.node.name)),
     key("node", "lease", |c| Slot::Span(&mut c.node.lease, MEDIUM)),
     key("shutdown", "drain", |c| Slot::Span(&mut c.shutdown.drain, ANY)),
@@ -228,8 +237,8 @@ impl Slot<'_> {
             }
             Self::Span(_, range) => format!(
                 "write a duration from {} to {}, such as \"500ms\", \"60s\" or \"10m\"",
-                format_duration(*range.start()),
-                format_duration(*range.end())
+                spanned(*range.start()),
+                spanned(*range.end())
             ),
             Self::Ephemeral(_) => "write \"marked\", \"all\" or \"none\"".into(),
             Self::Format(_) => "write \"human\" or \"json\", or remove it".into(),
@@ -247,7 +256,7 @@ impl Slot<'_> {
             Self::Count(count, _) => count.to_string(),
             Self::Pool(count, _) => count.to_string(),
             Self::Size(bytes, _) => quoted(sized(**bytes)),
-            Self::Span(span, _) => quoted(format_duration(**span)),
+            Self::Span(span, _) => quoted(spanned(**span)),
             Self::Ephemeral(which) => quoted(which),
             Self::Format(format) => quoted(format.as_ref()?),
         })
@@ -277,6 +286,18 @@ fn sized(bytes: usize) -> String {
     let units = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
     let exact = units.into_iter().find(|&(_, unit)| bytes >= unit && bytes.is_multiple_of(unit));
     exact.map_or_else(|| format!("{bytes}B"), |(name, unit)| format!("{}{name}", bytes / unit))
+}
+
+/// A duration in the largest unit that shows it exactly.
+fn spanned(span: Duration) -> String {
+    let units = [("d", 86_400_000), ("h", 3_600_000), ("m", 60_000), ("s", 1_000), ("ms", 1)];
+    let ms = span.as_millis();
+    let exact = units.into_iter().find(|&(_, unit)| ms >= unit && ms.is_multiple_of(unit));
+    let whole = span.subsec_nanos().is_multiple_of(1_000_000);
+    match exact {
+        Some((name, unit)) if whole => format!("{}{name}", ms / unit),
+        _ => format_duration(span).to_string(),
+    }
 }
 
 /// A TOML string; every escape of JSON is one of TOML too.

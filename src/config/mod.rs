@@ -38,6 +38,8 @@ pub struct Config {
     pub heartbeat: Heartbeat,
     /// What becomes of agents that stay away.
     pub sweep: Sweep,
+    /// What is forgotten in the end.
+    pub retention: Retention,
     /// This replica.
     pub node: Node,
     /// The orderly stop.
@@ -59,8 +61,14 @@ pub struct Agents {
     pub allow_anonymous: bool,
     /// Most links at once, 1 to 10,000,000. Default 100,000.
     pub max_connections: usize,
+    /// Most WebSockets, and agents never heard before over plain HTTP, that are let in per second,
+    /// 1 to 10,000,000. Default 1,000.
+    pub max_connects_per_second: usize,
     /// Largest message in bytes, unpacked too, 1 B to 1 GiB. Default 64 MiB.
     pub max_message_size: usize,
+    /// Most bytes of unfinished messages that all links together keep in memory, 1 MiB to 1 TiB; the
+    /// first 64 KiB of each are not counted. Default 256 MiB.
+    pub max_inflight: usize,
     /// Most agents on one link, 1 to 10,000,000. Default 1,000.
     pub max_per_link: usize,
 }
@@ -108,6 +116,13 @@ pub struct Sweep {
     pub stale_after: Duration,
     /// Which agents are retired then; the others become errors. Default `marked`.
     pub ephemeral: Ephemeral,
+}
+
+/// Section `retention`: what is forgotten in the end.
+#[derive(Clone, Debug)]
+pub struct Retention {
+    /// How long ended connections and changes of status are kept, 0 (for ever) to a century. Default 90 d.
+    pub history: Duration,
 }
 
 /// Section `node`: this replica.
@@ -178,7 +193,9 @@ impl Default for Agents {
             token: None,
             allow_anonymous: false,
             max_connections: 100_000,
+            max_connects_per_second: 1_000,
             max_message_size: 64 << 20,
+            max_inflight: 256 << 20,
             max_per_link: 1_000,
         }
     }
@@ -217,6 +234,12 @@ impl Default for Sweep {
             stale_after: Duration::from_mins(10),
             ephemeral: Ephemeral::default(),
         }
+    }
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self { history: Duration::from_hours(90 * 24) }
     }
 }
 

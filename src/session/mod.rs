@@ -26,6 +26,7 @@ use crate::metrics::{DecodeFailure, Metrics, OfferKind, Refused};
 use crate::outage::Outage;
 use crate::proto::{AgentCapabilities, AgentToServer, ServerToAgent};
 use crate::pulse::{Link, Pulse};
+use crate::sight::Sight;
 use crate::store::{AgentUpdate, Store, StoreError, Transport};
 
 /// How long an agent is told to stay away when the store cannot take its report, in seconds.
@@ -47,6 +48,8 @@ pub struct Services {
     pub metrics: Arc<Metrics>,
     /// Whether the store is away.
     pub outage: Arc<Outage>,
+    /// Whether the server itself was blind.
+    pub sight: Arc<Sight>,
     /// True once the server stops: no session opens any more.
     pub closing: AtomicBool,
 }

@@ -15,6 +15,7 @@ mod migrations;
 mod moment;
 mod nodes;
 mod postgres;
+mod retention;
 mod sqlite;
 mod status_log;
 mod write;
@@ -31,6 +32,7 @@ pub use agents::{AgentDetail, AgentFilter, AgentRow, AgentSummary, Sighting};
 pub use connections::{ConnectionRow, HistoryFilter, PolledConnection};
 pub use migrations::{MigrationState, Migrations};
 pub use nodes::{NewNode, NodeStart};
+pub use retention::Forgotten;
 pub use status_log::Transition;
 pub use write::{AgentUpdate, ConnectionEnd, Displaced, Ended, NewConnection, Opened, Write, Written};
 
@@ -280,6 +282,9 @@ pub trait NodeStore: Send + Sync {
     /// pending verdicts and stale clocks move on. The caller holds the lock on the name.
     async fn start_node(&self, node: &NewNode) -> Result<NodeStart, StoreError>;
 
+    /// Gives every agent with a pending verdict its return time anew, from `now`: nobody could have seen it return.
+    async fn postpone_verdicts(&self, now: Moment, return_time: Duration) -> Result<(), StoreError>;
+
     /// Renews a node's lease; false where the node was marked as ended.
     async fn renew_node(&self, node: Uuid, at: Moment) -> Result<bool, StoreError>;
 
@@ -290,9 +295,17 @@ pub trait NodeStore: Send + Sync {
     async fn has_living_peer(&self, node: Uuid) -> Result<bool, StoreError>;
 }
 
+/// What is forgotten in the end.
+#[async_trait]
+pub trait RetentionStore: Send + Sync {
+    /// Forgets connections that ended and changes of status that happened before `before`, and then
+    /// agents retired before it that have no history left; at most 1,000 of each.
+    async fn forget(&self, before: Moment) -> Result<Forgotten, StoreError>;
+}
+
 /// One database that keeps all of it.
 #[async_trait]
-pub trait Store: AgentStore + ConnectionStore + NodeStore {
+pub trait Store: AgentStore + ConnectionStore + NodeStore + RetentionStore {
     /// True where the database answers and its schema is complete; the error says what is wrong.
     async fn check(&self) -> Result<(), StoreError>;
 

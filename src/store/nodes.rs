@@ -86,6 +86,15 @@ where
         bounded(self.start(node)).await
     }
 
+    async fn postpone_verdicts(&self, now: Moment, return_time: Duration) -> Result<(), StoreError> {
+        bounded(async {
+            let mut tx = self.begin().await?;
+            Self::move_verdicts(&mut tx, now, return_time).await?;
+            tx.commit().await.map_err(failure::<D>)
+        })
+        .await
+    }
+
     async fn renew_node(&self, node: Uuid, at: Moment) -> Result<bool, StoreError> {
         let query = sqlx::query_as(
             "UPDATE nodes SET renewed_at = $2 WHERE id = $1 AND ended_at IS NULL RETURNING id",
@@ -228,7 +237,8 @@ where
         let lost_connections = Self::end_lost_connections(&mut tx, node, alone).await?;
         Self::rename_displaced(&mut tx, node).await?;
         if let Some(unwatched) = unwatched {
-            Self::move_verdicts(&mut tx, node, unwatched).await?;
+            Self::move_verdicts(&mut tx, node.at, node.return_time).await?;
+            Self::move_stale_clocks(&mut tx, unwatched).await?;
         }
         tx.commit().await.map_err(failure::<D>)?;
         Ok(NodeStart { lost_connections, alone, unwatched })
@@ -324,23 +334,31 @@ where
         Ok(())
     }
 
-    /// Time in which nobody watched counts for no agent: pending verdicts and stale clocks move on.
+    /// Time in which nobody watched counts for no agent: pending verdicts move on.
     async fn move_verdicts(
         tx: &mut Transaction<'_, D>,
-        node: &NewNode,
-        unwatched: Duration,
+        now: Moment,
+        return_time: Duration,
     ) -> Result<(), StoreError> {
+        if !D::LOCK_AGENTS.is_empty() {
+            let text = format!(
+                "SELECT a.id FROM agents a WHERE a.offline_at IS NOT NULL ORDER BY a.id {}",
+                D::LOCK_AGENTS
+            );
+            sqlx::query(sql(text)).execute(&mut **tx).await.map_err(failure::<D>)?;
+        }
         let text = format!(
             "UPDATE agents SET offline_at = {}(offline_at, {}) WHERE offline_at IS NOT NULL",
             D::GREATEST,
             D::shifted("$1", "$2")
         );
-        sqlx::query(sql(text))
-            .bind(node.at)
-            .bind(micros(node.return_time))
-            .execute(&mut **tx)
-            .await
-            .map_err(failure::<D>)?;
+        let query = sqlx::query(sql(text)).bind(now).bind(micros(return_time));
+        query.execute(&mut **tx).await.map_err(failure::<D>)?;
+        Ok(())
+    }
+
+    /// Nor does such time make anybody stale.
+    async fn move_stale_clocks(tx: &mut Transaction<'_, D>, unwatched: Duration) -> Result<(), StoreError> {
         let text = format!(
             "UPDATE agents SET stale_from = {} WHERE stale_from IS NOT NULL",
             D::shifted("stale_from", "$1")

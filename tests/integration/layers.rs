@@ -7,33 +7,48 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The modules from the bottom; each may know those of the groups before its own, and no others.
-const ORDER: [&[&str]; 12] = [
+const ORDER: [&[&str]; 13] = [
     &["proto", "clock", "close", "config"],
     &["agent", "wire"],
     &["store"],
     &["metrics"],
     &["outage"],
+    &["sight"],
     &["pulse"],
     &["history"],
-    &["heartbeat", "sweep"],
+    &["heartbeat", "sweep", "retention"],
     &["session"],
     &["transport"],
     &["api"],
-    &["server"],
+    &["server", "healthcheck"],
 ];
 
 /// What a module must not know although it stands above it.
 const STRANGERS: [(&str, &[&str]); 2] = [
-    ("api", &["history", "heartbeat", "sweep", "session", "transport", "wire", "proto", "close"]),
-    ("transport", &["sweep"]),
+    (
+        "api",
+        &[
+            "history",
+            "heartbeat",
+            "sweep",
+            "retention",
+            "sight",
+            "session",
+            "transport",
+            "wire",
+            "proto",
+            "close",
+        ],
+    ),
+    ("transport", &["sweep", "retention"]),
 ];
 
 /// Where a crate may be spoken: folders end with a slash.
 const FOREIGN: [(&str, &[&str]); 6] = [
     ("sqlx", &["store/"]),
     ("axum", &["api/", "server.rs"]),
-    ("hyper", &["transport/"]),
-    ("hyper_util", &["transport/"]),
+    ("hyper", &["transport/", "healthcheck.rs"]),
+    ("hyper_util", &["transport/", "healthcheck.rs"]),
     ("tokio_tungstenite", &["transport/"]),
     ("prost", &["proto.rs", "wire.rs", "agent/"]),
 ];

@@ -1,10 +1,12 @@
 //! The integration tests, in one binary: each module holds the server, or a part of it, to its promises.
 
+mod blindness;
 mod crowd;
 mod defects;
 mod golden;
 mod harness;
 mod layers;
+mod observability;
 mod protocol;
 mod rest;
 mod shutdown;

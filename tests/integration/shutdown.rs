@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::join_all;
+use opamp_server::healthcheck;
 use rustix::process::Signal;
 use serde_json::json;
 use tokio::time::Instant;
@@ -202,4 +203,15 @@ async fn a_name_in_use_is_refused() {
             .iter()
             .any(|entry| entry["message"].as_str().is_some_and(|text| text.contains("node.name")))
     );
+}
+
+/// What a container's healthcheck asks is answered by the server of the same configuration, and by no other.
+#[tokio::test]
+async fn the_healthcheck_tells_whether_the_server_is_ready() {
+    let server = TestServer::fresh().await;
+    assert_eq!(healthcheck::ask(server.operators).await.unwrap(), r#"{"status":"ok"}"#);
+    let ports = *server;
+    server.stop().await.unwrap();
+    let refused = healthcheck::ask(ports.operators).await.unwrap_err().to_string();
+    assert!(refused.contains(&ports.operators.to_string()), "{refused}");
 }

@@ -10,6 +10,9 @@ use clap::Args;
 use super::keys::{ALL, Key};
 use super::{Config, ConfigError, Secret};
 
+/// Names the configuration file, as `--config` does; no key of it.
+const FILE_VARIABLE: &str = "OPAMP_CONFIG";
+
 /// What the command line says about the configuration.
 #[derive(Args, Clone, Default)]
 pub struct Overrides {
@@ -235,7 +238,7 @@ impl Layers {
                 *place = Some((text.clone(), Origin::Environment(name.clone())));
                 known = true;
             }
-            if !known && name.starts_with("OPAMP_") {
+            if !known && name.starts_with("OPAMP_") && name != FILE_VARIABLE {
                 self.unknown.insert(name);
             }
         }

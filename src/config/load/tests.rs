@@ -90,7 +90,9 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         ("agents", "token", "t"),
         ("agents", "allow_anonymous", "true"),
         ("agents", "max_connections", "2"),
+        ("agents", "max_connects_per_second", "7"),
         ("agents", "max_message_size", "1KiB"),
+        ("agents", "max_inflight", "2MiB"),
         ("agents", "max_per_link", "3"),
         ("operators", "listen", "127.0.0.1:2"),
         ("operators", "token", "u"),
@@ -104,6 +106,7 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         ("sweep", "interval", "5s"),
         ("sweep", "stale_after", "6s"),
         ("sweep", "ephemeral", "all"),
+        ("retention", "history", "30d"),
         ("node", "name", "n"),
         ("node", "lease", "7s"),
         ("shutdown", "drain", "8s"),
@@ -245,7 +248,7 @@ fn durations_and_sizes_are_read_with_their_units() {
 #[test]
 fn bad_durations_and_sizes_are_refused() {
     for text in ["", "10", "ten", "-1s", "1 fortnight", "0s", "1ms", "2years", "99999999999999999999s"] {
-        has(&env("OPAMP_HEARTBEAT_TIMEOUT", text).refusal(), &["heartbeat.timeout = ", "100ms to 1year"]);
+        has(&env("OPAMP_HEARTBEAT_TIMEOUT", text).refusal(), &["heartbeat.timeout = ", "100ms to 365d"]);
     }
     for text in ["", "0", "many", "-1", "64 MiBs", "2GiB", "99999999999EiB"] {
         has(
@@ -268,7 +271,7 @@ fn zero_is_refused_where_it_makes_no_sense() {
         "sweep.interval",
         "node.lease",
     ] {
-        has(&file(&format!("{key} = '0s'")).refusal(), &[&format!("{key} = \"0s\""), "ms to 1year"]);
+        has(&file(&format!("{key} = '0s'")).refusal(), &[&format!("{key} = \"0s\""), "ms to 365d"]);
     }
 }
 
@@ -457,7 +460,7 @@ fn the_rendered_configuration_tells_origins_and_loads_again() {
             "# token is not set # default\n",
             "max_message_size = \"1537B\" # file ",
             "ephemeral = \"none\" # environment OPAMP_SWEEP_EPHEMERAL\n",
-            "timeout = \"1s 500ms\" # environment",
+            "timeout = \"1500ms\" # environment",
             "\n\n[log]\nlevel = \"info\" # default\n# format is not set # default\n",
         ],
     );

@@ -14,6 +14,7 @@ mod migrations;
 mod nodes;
 mod opening;
 mod polling;
+mod retention;
 mod scene;
 mod schedules;
 mod updating;
@@ -131,6 +132,11 @@ conformance! {
         who_was_deleted_may_return(store),
         a_uid_is_assigned_once_until_it_is_used(store),
         an_unknown_agent_is_nothing(store),
+    }
+    retention {
+        what_is_past_its_time_is_forgotten_and_what_is_open_stays(store),
+        retired_agents_without_history_are_forgotten(database),
+        much_is_forgotten_in_batches(database),
     }
     lists {
         a_list_is_narrowed_by_every_filter(store),

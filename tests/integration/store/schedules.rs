@@ -173,7 +173,7 @@ impl World {
         let Some(held) = self.connection(choice) else { return Ok(()) };
         let (connection_id, when) = (held.connection_id, at(self.now));
         let before = row(&self.store, self.agent).await;
-        let counts = before.connection_id == Some(connection_id) && before.last_seen_at < Some(when);
+        let counts = before.connection_id == Some(connection_id) && before.last_seen_at <= Some(when);
         let seen = Sighting {
             agent: self.agent,
             connection_id,

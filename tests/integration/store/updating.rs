@@ -229,7 +229,15 @@ pub(super) async fn a_number_that_is_unknown_is_stored_as_unknown(store: Arc<dyn
     let mut known = report(&opened, uid(1), at(11));
     known.sequence_num = Some(0);
     update(&store, known).await;
-    assert_eq!(detail(&store, 1).await.sequence_num, Some(0));
+    let same_moment = Sighting {
+        agent: uid(1),
+        connection_id: opened.connection_id,
+        at: at(11),
+        sequence_num: Some(7),
+        poll_silence: None,
+    };
+    assert_eq!(store.update_last_seen(&[same_moment]).await, Ok(1));
+    assert_eq!(detail(&store, 1).await.sequence_num, Some(0), "the save of that moment knew better");
     let unknown = Sighting {
         agent: uid(1),
         connection_id: opened.connection_id,

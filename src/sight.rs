@@ -1,0 +1,189 @@
+//! Blindness: times in which this server could see nobody, and for which it therefore accuses nobody.
+//!
+//! The process was stopped or starved, or the store is away. [`Sight::run`] looks at the clock at a
+//! steady pace; a look that comes late is a blindness, and until it was noticed [`Sight::can_judge`]
+//! says no, so that no verdict falls in between. Every deadline moves by the blindness since the
+//! agent was last seen. It must not know agents, connections or verdicts.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+
+use crate::clock::{Clock, Tick};
+use crate::metrics::Metrics;
+use crate::outage::Outage;
+
+/// Pace of the looks.
+const PACE: Duration = Duration::from_millis(200);
+
+/// A look that comes later than this is a blindness.
+const LATE: Duration = Duration::from_secs(1);
+
+/// How long what arrived during a blindness has to be read before anybody is judged.
+const SETTLE: Duration = Duration::from_secs(1);
+
+/// The most blindnesses that are kept apart; beyond it the oldest two become one.
+const KEPT: usize = 64;
+
+/// A time in which nobody was seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Blindness {
+    from: Tick,
+    until: Tick,
+}
+
+/// What this server could see, and when.
+#[derive(Debug)]
+pub struct Sight {
+    clock: Clock,
+    metrics: Arc<Metrics>,
+    outage: Arc<Outage>,
+    last_look: AtomicU64,
+    noticed: AtomicUsize,
+    past: Mutex<VecDeque<Blindness>>,
+}
+
+impl Sight {
+    /// Good sight from now on.
+    #[must_use]
+    pub fn new(clock: Clock, metrics: Arc<Metrics>, outage: Arc<Outage>) -> Self {
+        let last_look = AtomicU64::new(clock.tick().as_micros());
+        Self { clock, metrics, outage, last_look, noticed: AtomicUsize::new(0), past: Mutex::default() }
+    }
+
+    /// Looks until `stop` is cancelled.
+    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+        let mut away_since = None;
+        while stop.run_until_cancelled(tokio::time::sleep(PACE)).await.is_some() {
+            let now = self.clock.tick();
+            let last = self.last_look();
+            if self.outage.is_away() {
+                away_since = away_since.or(Some(last));
+            } else if let Some(from) = away_since.take() {
+                self.notice(from, now, "the store was away");
+            } else if now.since(last) > LATE {
+                self.notice(last, now, "the process was stopped or starved");
+            }
+            // Last, so that whoever judges by a fresh look knows of every blindness before it.
+            self.last_look.store(now.as_micros(), Ordering::Release);
+        }
+    }
+
+    fn last_look(&self) -> Tick {
+        Tick::from_micros(self.last_look.load(Ordering::Acquire))
+    }
+
+    /// Notes a blindness and says so, once.
+    fn notice(&self, from: Tick, until: Tick, cause: &str) {
+        let length = until.since(from);
+        self.with(|past| {
+            if past.len() == KEPT
+                && let Some(oldest) = past.pop_front()
+                && let Some(next) = past.front_mut()
+            {
+                next.from = oldest.from;
+            }
+            past.push_back(Blindness { from, until });
+        });
+        self.noticed.fetch_add(1, Ordering::Release);
+        // Whole seconds, rounded up: the server forgives rather too much than too little.
+        self.metrics
+            .blind_seconds
+            .increment(length.as_millis().div_ceil(1_000).try_into().unwrap_or(u64::MAX));
+        tracing::warn!(
+            seconds = length.as_secs_f64(),
+            cause,
+            "this server was blind; every deadline moves by as much"
+        );
+    }
+
+    fn with<T>(&self, act: impl FnOnce(&mut VecDeque<Blindness>) -> T) -> T {
+        act(&mut self.past.lock().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// True where a verdict may fall at `now`: the last look is fresh, the store is there, and
+    /// whatever arrived during the last blindness had its time to be read.
+    #[must_use]
+    pub fn can_judge(&self, now: Tick) -> bool {
+        now.since(self.last_look()) <= LATE
+            && !self.outage.is_away()
+            && self.with(|past| past.back().is_none_or(|last| now >= last.until.after(SETTLE)))
+    }
+
+    /// For how long the server was blind since `seen`.
+    #[must_use]
+    pub fn blindness_since(&self, seen: Tick) -> Duration {
+        self.with(|past| past.iter().rev().map(|blind| blind.until.since(blind.from.max(seen))).sum())
+    }
+
+    /// How many blindnesses were noticed so far.
+    #[must_use]
+    pub fn noticed(&self) -> usize {
+        self.noticed.load(Ordering::Acquire)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::Moment;
+    use crate::store::StoreError;
+
+    fn sight() -> (Arc<Sight>, Arc<Outage>, Clock) {
+        let (clock, metrics) = (Clock::anchored(Moment::default()), Arc::<Metrics>::default());
+        let outage = Arc::new(Outage::new(Arc::clone(&metrics)));
+        (Arc::new(Sight::new(clock.clone(), metrics, Arc::clone(&outage))), outage, clock)
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_late_look_is_a_blindness_and_nobody_is_judged_before_it_is_noticed() {
+        let (sight, _, clock) = sight();
+        assert!(sight.can_judge(clock.tick()));
+        let seen = clock.tick();
+        tokio::time::advance(Duration::from_secs(10)).await;
+        assert!(!sight.can_judge(clock.tick()), "nobody has looked for ten seconds");
+        sight.notice(seen, clock.tick(), "stopped");
+        sight.last_look.store(clock.tick().as_micros(), Ordering::Release);
+        assert!(!sight.can_judge(clock.tick()), "what arrived meanwhile is to be read first");
+        tokio::time::advance(SETTLE).await;
+        assert!(sight.can_judge(clock.tick()));
+        assert_eq!(sight.blindness_since(seen), Duration::from_secs(10));
+        assert_eq!(sight.blindness_since(seen.after(Duration::from_secs(4))), Duration::from_secs(6));
+        assert_eq!(sight.blindness_since(clock.tick()), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_store_that_is_away_blinds_until_it_is_back() {
+        let (sight, outage, clock) = sight();
+        let stop = CancellationToken::new();
+        let looking = Arc::clone(&sight).run(stop.clone());
+        let began = clock.tick();
+        let story = async {
+            outage.failed("a test", &StoreError::Conflict);
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            assert!(!sight.can_judge(clock.tick()));
+            outage.written();
+            tokio::time::sleep(PACE * 2 + SETTLE).await;
+            assert!(sight.can_judge(clock.tick()));
+            stop.cancel();
+        };
+        tokio::join!(looking, story);
+        let blind = sight.blindness_since(began);
+        assert!(blind >= Duration::from_secs(5) && blind < Duration::from_secs(6), "{blind:?}");
+        assert_eq!(sight.noticed(), 1);
+    }
+
+    #[test]
+    fn a_forgotten_boundary_forgives_too_much_not_too_little() {
+        let (sight, _, _) = sight();
+        let at = |second: usize| Tick::from_micros(second as u64 * 1_000_000);
+        for number in 0..=KEPT {
+            sight.notice(at(number * 10), at(number * 10 + 1), "a test");
+        }
+        assert_eq!(sight.with(|past| past.len()), KEPT);
+        assert!(sight.blindness_since(at(0)) >= Duration::from_secs(KEPT as u64 + 1));
+    }
+}
