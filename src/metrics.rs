@@ -87,6 +87,10 @@ pub enum DecodeFailure {
     Frame,
     /// Broken gzip.
     Gzip,
+    /// Not whole in time, or broken off.
+    Unfinished,
+    /// More elements than any agent has.
+    TooMany,
     /// Larger than the limit.
     TooLarge,
     /// The database refused the content.
@@ -102,6 +106,8 @@ impl Label for DecodeFailure {
         Self::Text,
         Self::Frame,
         Self::Gzip,
+        Self::Unfinished,
+        Self::TooMany,
         Self::TooLarge,
         Self::Refused,
     ];
@@ -113,6 +119,8 @@ impl Label for DecodeFailure {
             Self::Text => "text",
             Self::Frame => "frame",
             Self::Gzip => "gzip",
+            Self::Unfinished => "unfinished",
+            Self::TooMany => "too_many",
             Self::TooLarge => "too_large",
             Self::Refused => "refused",
         }
@@ -130,6 +138,8 @@ pub enum Refused {
     Draining,
     /// The store is away.
     Store,
+    /// As many in the last second as `agents.max_connects_per_second` allows.
+    Rate,
     /// As many agents on the link as `agents.max_per_link` allows.
     PerLink,
 }
@@ -137,13 +147,14 @@ pub enum Refused {
 impl Label for Refused {
     const NAME: &'static str = "cause";
     const ALL: &'static [Self] =
-        &[Self::Unauthorized, Self::Connections, Self::Draining, Self::Store, Self::PerLink];
+        &[Self::Unauthorized, Self::Connections, Self::Draining, Self::Store, Self::Rate, Self::PerLink];
     fn word(self) -> &'static str {
         match self {
             Self::Unauthorized => "unauthorized",
             Self::Connections => "connections",
             Self::Draining => "draining",
             Self::Store => "store",
+            Self::Rate => "rate",
             Self::PerLink => "per_link",
         }
     }

@@ -51,6 +51,7 @@ pub struct Link {
     last_byte: AtomicU64,
     agents: AtomicU32,
     writing: AtomicBool,
+    receiving: AtomicBool,
     dismissed: AtomicBool,
     received: AtomicU64,
     sent: AtomicU64,
@@ -111,6 +112,17 @@ impl Link {
     #[must_use]
     pub fn is_writing(&self) -> bool {
         self.writing.load(Ordering::Relaxed)
+    }
+
+    /// Notes whether a message has begun to come and is not whole.
+    pub fn set_receiving(&self, receiving: bool) {
+        self.receiving.store(receiving, Ordering::Relaxed);
+    }
+
+    /// True while a message has begun to come and is not whole.
+    #[must_use]
+    pub fn is_receiving(&self) -> bool {
+        self.receiving.load(Ordering::Relaxed)
     }
 
     /// Tells the link to close once it carries no agent.

@@ -394,6 +394,8 @@ fn limits(config: &Config, max_connections: usize) -> Limits {
         path: config.agents.path.clone(),
         token: config.agents.token.clone(),
         max_connections,
+        max_connects_per_second: config.agents.max_connects_per_second,
+        max_inflight: config.agents.max_inflight,
         max_message_size: config.agents.max_message_size,
         max_per_link: config.agents.max_per_link,
     }

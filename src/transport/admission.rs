@@ -6,18 +6,25 @@
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use hyper::StatusCode;
 use hyper::header::{self, HeaderMap, HeaderValue};
 use subtle::ConstantTimeEq;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
+use super::budget::Budget;
 use super::{Answer, text};
+use crate::clock::{Clock, Tick};
 use crate::config::Secret;
 use crate::metrics::Refused;
 use crate::pulse::Link;
 
 /// Seconds after which a refused agent may come back: spread, so that they do not come at once.
 const COME_BACK: std::ops::RangeInclusive<u32> = 30..=60;
+
+/// How many sockets beyond `agents.max_connections` are kept until they are answered that it is full.
+const DOORWAY: usize = 64;
 
 /// Why a request is not admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,6 +37,8 @@ pub(super) enum Denied {
     Closed,
     /// As many links as allowed are open.
     Full,
+    /// As many came in the last second as allowed.
+    Rate,
 }
 
 impl Denied {
@@ -39,6 +48,7 @@ impl Denied {
             Self::TokenRequired | Self::InvalidToken => Refused::Unauthorized,
             Self::Closed => Refused::Draining,
             Self::Full => Refused::Connections,
+            Self::Rate => Refused::Rate,
         }
     }
 
@@ -51,7 +61,7 @@ impl Denied {
             Self::InvalidToken => {
                 unauthorized("invalid_agent_token", "the token is not the one this server was started with")
             }
-            Self::Closed | Self::Full => come_back_later(),
+            Self::Closed | Self::Full | Self::Rate => come_back_later(),
         }
     }
 }
@@ -63,8 +73,12 @@ pub struct Limits {
     pub path: String,
     /// What agents show; none = everybody may connect.
     pub token: Option<Secret>,
-    /// The most WebSockets open at once.
+    /// The most sockets open at once, whatever they speak.
     pub max_connections: usize,
+    /// The most newcomers let in per second.
+    pub max_connects_per_second: usize,
+    /// The most bytes of unfinished messages.
+    pub max_inflight: usize,
     /// The largest message in bytes, also unpacked.
     pub max_message_size: usize,
     /// The most agents on one link.
@@ -75,9 +89,33 @@ pub struct Limits {
 #[derive(Debug)]
 pub struct Admission {
     limits: Limits,
+    budget: Budget,
     closed: AtomicBool,
     /// The open links, to wake them when the server stops.
     links: Mutex<Links>,
+    rate: Mutex<Rate>,
+    /// Room for those who find every place taken, while they are told so.
+    doorway: Arc<Semaphore>,
+}
+
+/// Newcomers in the last second: a bucket that holds as many as one second lets in.
+#[derive(Debug, Default)]
+struct Rate {
+    /// Until when the places given so far are paid for.
+    paid_until: Tick,
+}
+
+impl Rate {
+    /// True where one more may come at `now`.
+    fn take(&mut self, now: Tick, per_second: usize) -> bool {
+        let price = Duration::from_secs(1) / u32::try_from(per_second.max(1)).unwrap_or(u32::MAX);
+        let earliest = self.paid_until.max(now.before(Duration::from_secs(1)));
+        let free = now.since(earliest) >= price;
+        if free {
+            self.paid_until = earliest.after(price);
+        }
+        free
+    }
 }
 
 #[derive(Debug, Default)]
@@ -103,13 +141,27 @@ impl Admission {
     /// An open gate.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
-        Self { limits, closed: AtomicBool::new(false), links: Mutex::default() }
+        let budget = Budget::new(limits.max_inflight);
+        let (links, rate) = (Mutex::default(), Mutex::default());
+        let doorway = Arc::new(Semaphore::new(DOORWAY));
+        Self { limits, budget, closed: AtomicBool::new(false), links, rate, doorway }
     }
 
     /// What is allowed.
     #[must_use]
     pub fn limits(&self) -> &Limits {
         &self.limits
+    }
+
+    /// The memory for unfinished messages.
+    pub(super) fn budget(&self) -> &Budget {
+        &self.budget
+    }
+
+    /// True where one more newcomer is let in now; counts it.
+    pub(super) fn admits_newcomer(&self, clock: &Clock) -> bool {
+        let mut rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);
+        rate.take(clock.tick(), self.limits.max_connects_per_second)
     }
 
     /// How many links are open.
@@ -133,6 +185,11 @@ impl Admission {
 
     fn links(&self) -> std::sync::MutexGuard<'_, Links> {
         self.links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Room to be refused in; none where even that is taken.
+    pub(super) fn doorway(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.doorway).try_acquire_owned().ok()
     }
 
     /// Refuses while the gate is closed.
@@ -193,6 +250,8 @@ mod tests {
             path: "/v1/opamp".to_owned(),
             token: Some(Secret::from("123456".to_owned())),
             max_connections,
+            max_connects_per_second: 1,
+            max_inflight: 1,
             max_message_size: 1,
             max_per_link: 1,
         }))
@@ -213,6 +272,20 @@ mod tests {
         assert_eq!(status("authorization", "Basic 123456"), 401);
         assert_eq!(status("authorization", "B"), 401);
         assert_eq!(status("accept", "*/*"), 401);
+    }
+
+    #[test]
+    fn a_second_lets_in_so_many_and_the_next_one_as_many_again() {
+        let (mut rate, start) = (Rate::default(), Tick::from_micros(10_000_000));
+        let admitted = |rate: &mut Rate, now: Tick| (0..100).filter(|_| rate.take(now, 10)).count();
+        assert_eq!(admitted(&mut rate, start), 10, "a burst of one second's worth");
+        assert_eq!(admitted(&mut rate, start), 0);
+        assert_eq!(admitted(&mut rate, start.after(Duration::from_millis(250))), 2);
+        assert_eq!(
+            admitted(&mut rate, start.after(Duration::from_mins(1))),
+            10,
+            "unused seconds do not add up"
+        );
     }
 
     #[test]

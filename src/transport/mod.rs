@@ -5,14 +5,15 @@
 //! is refused here, before the upgrade.
 
 mod admission;
+mod budget;
+mod frames;
 mod io;
 mod polling;
 mod websocket;
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -21,27 +22,21 @@ use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use admission::Denied;
 pub use admission::{Admission, Limits};
+use admission::{Denied, Place};
 
 use crate::pulse::Link;
 use crate::session::Services;
-use io::Metered;
+use io::{Metered, Phase, Stage};
 
 /// The media type of OpAMP over plain HTTP.
 const PROTOBUF: &str = "application/x-protobuf";
-
-/// How long a new connection may stay without a complete request.
-const FIRST_REQUEST: Duration = Duration::from_secs(10);
-
-/// How long a keep-alive connection may be idle.
-const IDLE: Duration = Duration::from_mins(2);
 
 /// How long to wait after a failed accept, typically for want of file handles.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -106,23 +101,35 @@ impl Context {
         let _best_effort = stream.set_nodelay(true);
         let clock = self.services.clock.clone();
         let link = Arc::new(Link::heard_at(clock.tick()));
-        let io = TokioIo::new(Metered::new(stream, Arc::clone(&link), clock));
-        let requested = Arc::new(AtomicBool::new(false));
+        // Whoever finds every place taken is told so, and then goes.
+        let place = Admission::take_place(&self.admission, &link);
+        let _doorway = if place.is_err() {
+            let Some(doorway) = self.admission.doorway() else { return };
+            Some(doorway)
+        } else {
+            None
+        };
+        let place = Arc::new(Mutex::new(place));
+        let phase = Phase::new(Arc::clone(&link), clock.tick());
+        let budget = self.admission.budget().clone();
+        let io = TokioIo::new(Metered::new(stream, Arc::clone(&phase), clock.clone(), budget));
         let service = service_fn(|request| {
-            requested.store(true, Ordering::Relaxed);
-            let (context, link) = (Arc::clone(&self), Arc::clone(&link));
-            async move { Ok::<_, Infallible>(context.answer(request, peer, link).await) }
+            phase.enter(Stage::Busy, clock.tick());
+            let (context, link, place) = (Arc::clone(&self), Arc::clone(&link), Arc::clone(&place));
+            let (phase, clock) = (Arc::clone(&phase), clock.clone());
+            async move {
+                let answer = context.answer(request, peer, link, &place).await;
+                phase.enter(Stage::Idle, clock.tick());
+                Ok::<_, Infallible>(answer)
+            }
         });
-        let connection = hyper::server::conn::http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(IDLE)
-            .serve_connection(io, service)
-            .with_upgrades();
+        let connection =
+            hyper::server::conn::http1::Builder::new().serve_connection(io, service).with_upgrades();
         tokio::pin!(connection);
         // A peer that breaks off is no event of its own: whatever it had open says so.
         tokio::select! {
             _broken_off = &mut connection => {}
-            () = silence(&requested) => {}
+            () = phase.overdue(&clock) => {}
             () = self.stop.cancelled() => {
                 connection.as_mut().graceful_shutdown();
                 let _broken_off = connection.await;
@@ -137,6 +144,7 @@ impl Context {
         request: Request<Incoming>,
         peer: SocketAddr,
         link: Arc<Link>,
+        place: &Mutex<Result<Place, Denied>>,
     ) -> Answer {
         if request.uri().path() != self.admission.limits().path {
             return text(
@@ -149,7 +157,10 @@ impl Context {
             return self.deny(denied);
         }
         if !is_protobuf(request.headers()) {
-            return self.upgrade(request, peer, link);
+            return self.upgrade(request, peer, link, place);
+        }
+        if let Err(denied) = &*place.lock().unwrap_or_else(PoisonError::into_inner) {
+            return closing(self.deny(*denied));
         }
         if request.method() != Method::POST {
             let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "OpAMP over plain HTTP is POST\n");
@@ -158,7 +169,7 @@ impl Context {
         }
         // An exchange that has begun is finished, whether the peer waits for it or not.
         let (services, admission) = (Arc::clone(&self.services), Arc::clone(&self.admission));
-        let exchange = async move { polling::poll(&services, admission.limits(), request, peer).await };
+        let exchange = async move { polling::poll(&services, &admission, request, peer).await };
         self.tasks.spawn(exchange).await.unwrap_or_else(|_panicked| {
             self.services.metrics.link_panics.increment(1);
             tracing::error!(%peer, "an exchange over plain HTTP panicked");
@@ -172,7 +183,13 @@ impl Context {
     }
 
     /// Answers a WebSocket handshake and leaves the socket to a task of its own.
-    fn upgrade(&self, mut request: Request<Incoming>, peer: SocketAddr, link: Arc<Link>) -> Answer {
+    fn upgrade(
+        &self,
+        mut request: Request<Incoming>,
+        peer: SocketAddr,
+        link: Arc<Link>,
+        place: &Mutex<Result<Place, Denied>>,
+    ) -> Answer {
         let Some(accept) = accept_key(&request) else {
             let mut answer = text(
                 StatusCode::UPGRADE_REQUIRED,
@@ -187,9 +204,13 @@ impl Context {
         let Ok(key) = HeaderValue::from_str(&accept) else {
             return text(StatusCode::BAD_REQUEST, "unusable Sec-WebSocket-Key\n");
         };
-        let place = match Admission::take_place(&self.admission, &link) {
-            Ok(place) => place,
-            Err(denied) => return self.deny(denied),
+        // The place of the socket becomes that of the link.
+        let place =
+            std::mem::replace(&mut *place.lock().unwrap_or_else(PoisonError::into_inner), Err(Denied::Full));
+        let place = match place {
+            Ok(place) if self.admission.admits_newcomer(&self.services.clock) => place,
+            Ok(_) => return closing(self.deny(Denied::Rate)),
+            Err(denied) => return closing(self.deny(denied)),
         };
         let upgraded = hyper::upgrade::on(&mut request);
         let (services, admission) = (Arc::clone(&self.services), Arc::clone(&self.admission));
@@ -211,12 +232,10 @@ impl Context {
     }
 }
 
-/// Ends when the first request has not come in time; never, once it has.
-async fn silence(requested: &AtomicBool) {
-    tokio::time::sleep(FIRST_REQUEST).await;
-    if requested.load(Ordering::Relaxed) {
-        std::future::pending::<()>().await;
-    }
+/// The answer after which the connection is closed: whoever is not admitted must not keep a socket.
+fn closing(mut answer: Answer) -> Answer {
+    answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    answer
 }
 
 /// True where the media type is that of OpAMP over plain HTTP; parameters do not count.

@@ -14,18 +14,17 @@ use hyper::body::{Body, Incoming};
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Request, Response, StatusCode};
 
-use super::admission::{Limits, come_back_later};
+use super::admission::{Admission, come_back_later};
+use super::budget::Share;
+use super::io::UNFINISHED;
 use super::{Answer, PROTOBUF, text};
 use crate::agent::Sender;
 use crate::agent::offer::Refusal;
-use crate::metrics::DecodeFailure;
+use crate::metrics::{DecodeFailure, Refused};
 use crate::pulse::Link;
 use crate::session::{Exchanged, Origin, Services, exchange, introduce, reject, sender};
 use crate::store::Transport;
 use crate::wire::{self, WireError};
-
-/// How long a body may take from its first byte.
-const BODY: Duration = Duration::from_secs(30);
 
 /// The most bytes that are set aside for a body because its head announces them.
 const ANNOUNCED: usize = 64 << 10;
@@ -36,10 +35,11 @@ const DISCARD: Duration = Duration::from_secs(5);
 /// Answers one poll.
 pub(super) async fn poll(
     services: &Arc<Services>,
-    limits: &Limits,
+    admission: &Admission,
     request: Request<Incoming>,
     peer: SocketAddr,
 ) -> Answer {
+    let limits = admission.limits();
     let (head, body) = request.into_parts();
     let packed = match encoding(&head.headers) {
         Ok(packed) => packed,
@@ -51,12 +51,10 @@ pub(super) async fn poll(
             );
         }
     };
-    let body = match read(body, limits.max_message_size).await {
+    let body = match read(body, limits.max_message_size, admission.budget().share()).await {
         Ok(body) => body,
         Err(unread) => {
-            if unread == Unread::TooLarge {
-                services.metrics.decode_failures.of(DecodeFailure::TooLarge).increment(1);
-            }
+            services.metrics.decode_failures.of(unread.cause()).increment(1);
             return unread.answer(limits.max_message_size);
         }
     };
@@ -72,7 +70,7 @@ pub(super) async fn poll(
             return text(StatusCode::BAD_REQUEST, "the body is not valid gzip\n");
         }
     };
-    let exchanged = exchanged(services, &body, peer).await;
+    let exchanged = exchanged(services, admission, &body, peer).await;
     if matches!(exchanged.refusal, Some(Refusal::Unavailable { .. })) {
         return come_back_later();
     }
@@ -80,11 +78,18 @@ pub(super) async fn poll(
 }
 
 /// Takes the report in `body` through the session of its agent.
-async fn exchanged(services: &Arc<Services>, body: &[u8], peer: SocketAddr) -> Exchanged {
+async fn exchanged(
+    services: &Arc<Services>,
+    admission: &Admission,
+    body: &[u8],
+    peer: SocketAddr,
+) -> Exchanged {
     let report = match wire::decode_body(body) {
         Ok(report) => report,
         Err(error) => {
-            services.metrics.decode_failures.of(DecodeFailure::Protobuf).increment(1);
+            let many = error == WireError::TooMany;
+            let cause = if many { DecodeFailure::TooMany } else { DecodeFailure::Protobuf };
+            services.metrics.decode_failures.of(cause).increment(1);
             return reject(services, &[], Refusal::BadRequest(error.to_string()));
         }
     };
@@ -93,6 +98,10 @@ async fn exchanged(services: &Arc<Services>, body: &[u8], peer: SocketAddr) -> E
         Ok(Sender::Anonymous) => return introduce(services, &report),
         Err(exchanged) => return *exchanged,
     };
+    if services.hub.get(agent).is_none() && !admission.admits_newcomer(&services.clock) {
+        services.metrics.refused.of(Refused::Rate).increment(1);
+        return reject(services, &report.instance_uid, Refusal::Unavailable { retry_after_seconds: 30 });
+    }
     let origin = Origin {
         transport: Transport::Http,
         remote_addr: peer,
@@ -129,6 +138,13 @@ enum Unread {
 }
 
 impl Unread {
+    fn cause(self) -> DecodeFailure {
+        match self {
+            Self::TooLarge => DecodeFailure::TooLarge,
+            Self::BrokenOff | Self::TooSlow => DecodeFailure::Unfinished,
+        }
+    }
+
     fn answer(self, limit: usize) -> Answer {
         match self {
             Self::TooLarge => too_large(limit),
@@ -139,7 +155,7 @@ impl Unread {
 }
 
 /// Reads a body of at most `limit` bytes.
-async fn read(mut body: Incoming, limit: usize) -> Result<Vec<u8>, Unread> {
+async fn read(mut body: Incoming, limit: usize, mut share: Share) -> Result<Vec<u8>, Unread> {
     let announced = usize::try_from(body.size_hint().exact().unwrap_or_default()).unwrap_or(usize::MAX);
     if announced > limit {
         discard(body, limit).await;
@@ -153,11 +169,12 @@ async fn read(mut body: Incoming, limit: usize) -> Result<Vec<u8>, Unread> {
             if bytes.len() + data.len() > limit {
                 return Err(Unread::TooLarge);
             }
+            share.cover((bytes.len() + data.len()) as u64).await;
             bytes.extend_from_slice(&data);
         }
         Ok(())
     };
-    match tokio::time::timeout(BODY, reading).await {
+    match tokio::time::timeout(UNFINISHED, reading).await {
         Ok(Ok(())) => Ok(bytes),
         Ok(Err(Unread::TooLarge)) => {
             discard(body, limit).await;

@@ -62,7 +62,8 @@ pub(super) async fn link(
         .write_buffer_size(0)
         .max_message_size(limit)
         .max_frame_size(limit);
-    let socket = parts.io.into_inner();
+    let mut socket = parts.io.into_inner();
+    socket.upgrade(&parts.read_buf);
     let socket = if parts.read_buf.is_empty() {
         WebSocketStream::from_raw_socket(socket, Role::Server, Some(config)).await
     } else {
@@ -90,6 +91,8 @@ enum End {
     Close(CloseReason),
     /// A text message: close with 1003.
     Text,
+    /// A message was not whole in time.
+    Stalled,
     /// Nobody is on it: close it quietly.
     Lonely,
     /// The peer sent Close.
@@ -207,6 +210,7 @@ where
         let frame = match end {
             End::Close(reason) => Some((reason.code(), reason.label())),
             End::Text => Some((1003, "OpAMP messages are binary")),
+            End::Stalled => Some((1002, "the message was not whole in time")),
             End::Lonely => Some((1000, "no agent on this link")),
             End::ClosedByPeer => None,
             End::Broken | End::Unwritable => return,
@@ -281,6 +285,10 @@ impl Agents {
                 failures.of(DecodeFailure::TooLarge).increment(1);
                 End::Close(CloseReason::MessageTooLarge)
             }
+            Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut => {
+                failures.of(DecodeFailure::Unfinished).increment(1);
+                End::Stalled
+            }
             // A reset may answer our own ping, long after the peer was gone: it proves nothing.
             Error::Io(_) => End::Unwritable,
             Error::Protocol(ProtocolError::ResetWithoutClosingHandshake)
@@ -334,7 +342,12 @@ impl Agents {
             Ok(index) => index,
             Err(_) if self.sessions.len() >= self.admission.limits().max_per_link => {
                 self.services.metrics.refused.of(Refused::PerLink).increment(1);
-                return reject(&self.services, &report.instance_uid, full_link()).offer;
+                return reject(&self.services, &report.instance_uid, come_later()).offer;
+            }
+            // The first agent of a link was admitted with it.
+            Err(_) if !self.sessions.is_empty() && !self.admission.admits_newcomer(&self.services.clock) => {
+                self.services.metrics.refused.of(Refused::Rate).increment(1);
+                return reject(&self.services, &report.instance_uid, come_later()).offer;
             }
             Err(index) => {
                 self.sessions.insert(index, (agent, None));
@@ -356,6 +369,7 @@ impl Agents {
         let cause = match error {
             WireError::HeaderMissing | WireError::HeaderNotZero => DecodeFailure::Header,
             WireError::Protobuf(_) | WireError::Gzip => DecodeFailure::Protobuf,
+            WireError::TooMany => DecodeFailure::TooMany,
             WireError::TooLarge { .. } => DecodeFailure::TooLarge,
         };
         self.services.metrics.decode_failures.of(cause).increment(1);
@@ -381,6 +395,8 @@ impl Agents {
         let now = clock.tick();
         let patience = self.patience();
         if let Some(since) = self.lonely_since {
+            // A first message that is on its way has a limit of its own.
+            let since = if self.origin.link.is_receiving() { now } else { since };
             timer.reset(clock.instant(since.after(LONELY).min(now.after(patience))));
             return if now.since(since) >= LONELY { Err(End::Lonely) } else { Ok(false) };
         }
@@ -403,6 +419,7 @@ impl Agents {
             }
             End::Close(reason) => (reason, Noticed::Concluded),
             End::Text => (CloseReason::ProtocolError, Noticed::Seen),
+            End::Stalled => (CloseReason::ProtocolError, Noticed::Concluded),
             End::ClosedByPeer => (CloseReason::ClosedByAgent, Noticed::Seen),
             End::Lonely | End::Broken => (CloseReason::ConnectionLost, Noticed::Seen),
             End::Unwritable => (CloseReason::ConnectionLost, Noticed::Concluded),
@@ -452,6 +469,6 @@ where
     Ok(())
 }
 
-fn full_link() -> Refusal {
+fn come_later() -> Refusal {
     Refusal::Unavailable { retry_after_seconds: 30 }
 }

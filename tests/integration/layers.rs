@@ -50,7 +50,7 @@ const FOREIGN: [(&str, &[&str]); 6] = [
     ("hyper", &["transport/", "healthcheck.rs"]),
     ("hyper_util", &["transport/", "healthcheck.rs"]),
     ("tokio_tungstenite", &["transport/"]),
-    ("prost", &["proto.rs", "wire.rs", "agent/"]),
+    ("prost", &["proto.rs", "wire/", "agent/"]),
 ];
 
 struct Source {

@@ -6,6 +6,7 @@ mod defects;
 mod golden;
 mod harness;
 mod layers;
+mod limits;
 mod observability;
 mod protocol;
 mod rest;

@@ -3,6 +3,8 @@
 //! Promises: no input makes it panic, and no more than the limit is ever unpacked. It must not
 //! know what a message means, who sent it, or which socket it came from.
 
+mod weight;
+
 use std::io::{Read, Write};
 
 use flate2::Compression;
@@ -11,6 +13,7 @@ use flate2::write::GzEncoder;
 use prost::Message;
 
 use crate::proto::{AgentToServer, ServerToAgent};
+use weight::Kind;
 
 /// Why bytes are not a report.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -27,6 +30,9 @@ pub enum WireError {
     /// A body that is not gzip although it says so.
     #[error("the body is not valid gzip")]
     Gzip,
+    /// More elements than any agent has: a small message that would take much memory.
+    #[error("the message has more than {MAX_ELEMENTS} elements")]
+    TooMany,
     /// Larger than the limit, after unpacking where it was packed (S-019).
     #[error("the message is larger than {limit} bytes")]
     TooLarge {
@@ -38,6 +44,15 @@ pub enum WireError {
 /// The longest part of a decoder's message that is passed on: it repeats the field path of nested messages.
 const DECODE_MESSAGE_LIMIT: usize = 200;
 
+/// The most elements that a message may have, those of nested messages included.
+pub const MAX_ELEMENTS: usize = 250_000;
+
+/// Messages nested deeper than this are refused by the decoder.
+const MAX_DEPTH: usize = 100;
+
+/// Messages up to this size are not counted: whatever they hold, it is little.
+const UNCOUNTED: usize = 64 << 10;
+
 /// Reads one WebSocket message: the varint header, which must be zero, then an `AgentToServer` (S-004…S-008).
 pub fn decode_frame(frame: &[u8]) -> Result<AgentToServer, WireError> {
     decode_body(after_header(frame)?)
@@ -45,6 +60,9 @@ pub fn decode_frame(frame: &[u8]) -> Result<AgentToServer, WireError> {
 
 /// Reads the body of a plain HTTP request, which has no header in front.
 pub fn decode_body(body: &[u8]) -> Result<AgentToServer, WireError> {
+    if body.len() > UNCOUNTED && weight::elements(Kind::Report, body, MAX_DEPTH, MAX_ELEMENTS).is_none() {
+        return Err(WireError::TooMany);
+    }
     AgentToServer::decode(body).map_err(|error| {
         let mut text = error.to_string();
         if let Some((end, _)) = text.char_indices().nth(DECODE_MESSAGE_LIMIT) {
@@ -173,6 +191,41 @@ mod tests {
         assert_eq!(gunzip(&bomb, 1 << 20).map(|body| body.len()), Ok(1 << 20));
         assert_eq!(gunzip(b"plain", 1 << 20), Err(WireError::Gzip));
         assert_eq!(gunzip(&bomb[..bomb.len() - 4], 1 << 20), Err(WireError::Gzip));
+    }
+
+    /// A message of one field that holds `content`.
+    fn wrapped(tag: u8, content: &[u8]) -> Vec<u8> {
+        let mut message = vec![tag];
+        prost::encoding::encode_varint(content.len() as u64, &mut message);
+        message.extend(content);
+        message
+    }
+
+    #[test]
+    fn r_032_a_message_of_very_many_elements_is_refused_before_it_is_unfolded() {
+        // Empty attributes of a description: two bytes each, many times as much in memory.
+        let attributes = |count| wrapped(0x1a, &[0x0a, 0x00].repeat(count));
+        assert!(decode_body(&attributes(100_000)).is_ok());
+        assert_eq!(decode_body(&attributes(MAX_ELEMENTS)), Err(WireError::TooMany));
+        let behind_a_group = [vec![0xfb, 0x07, 0xfc, 0x07], attributes(MAX_ELEMENTS)].concat();
+        assert_eq!(decode_body(&behind_a_group), Err(WireError::TooMany));
+        let text =
+            wrapped(0x1a, &wrapped(0x0a, &wrapped(0x0a, "receivers: {}\n".repeat(100_000).as_bytes())));
+        assert!(decode_body(&text).is_ok(), "a long text is one element");
+    }
+
+    #[test]
+    fn r_032_any_depth_is_counted_without_a_stack_of_its_own() {
+        let mut nested = vec![0x0a; 1 << 20];
+        nested.push(0x00);
+        let _any_answer = decode_body(&nested);
+        let mut deep = Vec::new();
+        for _ in 0..20_000 {
+            // A list in a list.
+            deep = wrapped(0x2a, &wrapped(0x0a, &deep));
+        }
+        let report = wrapped(0x1a, &wrapped(0x0a, &wrapped(0x12, &deep)));
+        assert!(matches!(decode_body(&report), Err(WireError::Protobuf(_))));
     }
 
     proptest! {
