@@ -86,13 +86,14 @@ fn main() -> ExitCode {
     };
     if let Some(Command::Configuration(Configuration::Check)) = arguments.command {
         print(&loaded.render());
+        loaded.warnings.iter().for_each(|warning| complain(&format!("warning: {warning}")));
         return ExitCode::SUCCESS;
     }
     start_logs(&loaded);
     match run(&loaded, arguments.command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            tracing::error!("{error:#}");
+            tracing::error!("{error}");
             ExitCode::FAILURE
         }
     }
@@ -116,7 +117,7 @@ fn print(text: &str) {
 fn start_logs(loaded: &Loaded) {
     let log = &loaded.config.log;
     // The filter was checked with the rest of the configuration.
-    let filter = EnvFilter::new(&log.level);
+    let filter = EnvFilter::new(with_driver(&log.level));
     let human = match log.format {
         Some(format) => format == LogFormat::Human,
         None => std::io::stderr().is_terminal(),
@@ -131,6 +132,12 @@ fn start_logs(loaded: &Loaded) {
     for warning in &loaded.warnings {
         tracing::warn!("{warning}");
     }
+}
+
+/// The database driver tells of every hiccup what the server says once: only its errors are logged
+/// unless somebody asks for more.
+fn with_driver(level: &str) -> String {
+    if level.contains("sqlx") { level.to_owned() } else { format!("{level},sqlx=error") }
 }
 
 fn run(loaded: &Loaded, command: Option<Command>) -> anyhow::Result<()> {
@@ -192,7 +199,8 @@ async fn healthcheck(config: &Config) -> anyhow::Result<()> {
 }
 
 async fn migrations(config: &Config, command: Migrate) -> anyhow::Result<()> {
-    let migrations = store::migrations(config.store.url.expose()).await?;
+    let create = matches!(command, Migrate::Up);
+    let migrations = store::migrations(config.store.url.expose(), create).await?;
     let state = match command {
         Migrate::Status => migrations.state().await?,
         Migrate::Up => migrations.up().await?,
@@ -201,6 +209,6 @@ async fn migrations(config: &Config, command: Migrate) -> anyhow::Result<()> {
             anyhow::bail!("going back a migration can lose data: add --yes to confirm, and keep a backup")
         }
     };
-    print(&format!("schema version {} of {}, {} pending", state.version(), state.newest, state.pending()));
+    print(&state.to_string());
     Ok(())
 }

@@ -65,13 +65,16 @@ pub enum ServerError {
         source: std::io::Error,
     },
     /// The store does not open.
-    #[error("{0} (check store.url)")]
+    #[error(transparent)]
     Store(#[from] StoreError),
     /// Another node has the name.
     #[error(
         "node.name {0} is in use by another opamp-server on this store: stop that one, or set another node.name"
     )]
     NameInUse(String),
+    /// Another node has the whole database.
+    #[error("the database file is in use by another opamp-server: stop that one, or set another store.url")]
+    FileInUse,
     /// The system gives no file handles.
     #[error("cannot read or set the limit of open files: {0}")]
     FileLimit(std::io::Error),
@@ -127,9 +130,15 @@ impl Server {
         let (agents, agents_address) = bind("agents.listen", config.agents.listen).await?;
         let (operators, operators_address) = bind("operators.listen", config.operators.listen).await?;
         let max_connections = raise_file_limit(config.agents.max_connections)?;
-        let store = store::open(config.store.url.expose(), config.store.max_connections, migrate).await?;
+        let store = store::open(config.store.url.expose(), config.store.max_connections, migrate)
+            .await
+            .map_err(with_cure)?;
         let name = config.node.node_name(agents_address.port());
-        take_name(store.as_ref(), &name, config.node.lease).await?;
+        if !take_name(store.as_ref(), &name, config.node.lease).await? {
+            // A file has one lock, whatever the names.
+            let file = config.store.url.expose().starts_with("sqlite:");
+            return Err(if file { ServerError::FileInUse } else { ServerError::NameInUse(name) });
+        }
 
         let node_id = Uuid::now_v7();
         let (services, writer, monitor) = assemble(config, Arc::clone(&store), node_id).await?;
@@ -210,7 +219,9 @@ impl Server {
         self.services.closing.store(true, Ordering::Relaxed);
         self.admission.close();
         self.stops.judging.cancel();
-        let _store_may_be_away = tokio::time::timeout_at(deadline, self.end_connections()).await;
+        let peers = tokio::time::timeout(GRACE / 4, self.store.0.has_living_peer(self.node_id)).await;
+        let peers = matches!(peers, Ok(Ok(true)));
+        let _store_may_be_away = tokio::time::timeout_at(deadline, self.end_connections(peers)).await;
         self.admission.dismiss();
         self.stops.flushing.cancel();
         self.links.close();
@@ -219,7 +230,7 @@ impl Server {
             self.services.history.recorded().await;
         })
         .await;
-        let unrecorded = self.services.history.unrecorded() + self.still_open().await.len();
+        let unrecorded = self.services.history.unrecorded() + self.still_open(peers).len();
         let now = self.services.clock.now();
         let ending = tokio::time::timeout_at(deadline + GRACE / 4, self.store.0.end_node(self.node_id, now));
         if !matches!(ending.await, Ok(Ok(()))) {
@@ -236,23 +247,20 @@ impl Server {
 
     /// The connections that this node has to end before it stops.
     ///
-    /// Polls may land on another node, so they go on where there is one.
-    async fn still_open(&self) -> Vec<Arc<OpenConnection>> {
+    /// Polls may land on another node, so they go on where there are `peers`.
+    fn still_open(&self, peers: bool) -> Vec<Arc<OpenConnection>> {
         let mut connections = self.services.hub.connections();
-        connections.retain(|connection| connection.ended().is_none());
-        if connections.iter().any(|connection| connection.transport == Transport::Http)
-            && self.store.0.has_living_peer(self.node_id).await.unwrap_or(false)
-        {
-            connections.retain(|connection| connection.transport == Transport::Websocket);
-        }
+        connections.retain(|connection| {
+            connection.ended().is_none() && (connection.transport == Transport::Websocket || !peers)
+        });
         connections
     }
 
     /// Ends the connections of this node, spread over `shutdown.drain`.
-    async fn end_connections(&self) {
+    async fn end_connections(&self, peers: bool) {
         // More than once, because an opening may just be on its way.
         loop {
-            let connections = self.still_open().await;
+            let connections = self.still_open(peers);
             if connections.is_empty() {
                 return;
             }
@@ -432,16 +440,25 @@ fn raise_file_limit(wanted: usize) -> Result<usize, ServerError> {
     Ok(allowed.min(wanted))
 }
 
-/// Takes the lock on the node's name; waits for a predecessor that is just letting go.
-async fn take_name(store: &dyn Store, name: &str, lease: Duration) -> Result<(), ServerError> {
+/// Names the setting to look at where the store cannot be reached.
+fn with_cure(error: StoreError) -> StoreError {
+    if let StoreError::Unavailable(text) = error {
+        StoreError::Unavailable(format!("{text} (check store.url)"))
+    } else {
+        error
+    }
+}
+
+/// Takes the lock on the node's name; waits for a predecessor that is just letting go. False where it does not.
+async fn take_name(store: &dyn Store, name: &str, lease: Duration) -> Result<bool, StoreError> {
     let deadline = Instant::now() + lease;
     while !store.lock_node_name(name).await? {
         if Instant::now() >= deadline {
-            return Err(ServerError::NameInUse(name.to_owned()));
+            return Ok(false);
         }
         tokio::time::sleep(LOCK_PAUSE).await;
     }
-    Ok(())
+    Ok(true)
 }
 
 /// Puts the node on record, ends what its predecessor left, and takes polls on record under watch.

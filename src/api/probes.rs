@@ -13,8 +13,8 @@ use utoipa::ToSchema;
 use super::ApiState;
 use crate::store::StoreError;
 
-/// How long the fleet's gauges may take: a scrape must not wait for a store that hangs.
-const GAUGES: Duration = Duration::from_secs(2);
+/// How long the store may take for a probe or a scrape: who asks has little patience.
+const PROBE: Duration = Duration::from_millis(900);
 
 /// The answer of a probe.
 #[derive(Debug, Serialize, ToSchema)]
@@ -42,7 +42,8 @@ pub(super) async fn readyz(State(state): State<ApiState>) -> (StatusCode, Json<P
             Json(Probe { status: "the server is stopping".to_owned() }),
         );
     }
-    match state.store.check().await {
+    let checked = tokio::time::timeout(PROBE, state.store.check()).await;
+    match checked.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".to_owned()))) {
         Ok(()) => (StatusCode::OK, Json(Probe { status: "ok".to_owned() })),
         Err(error) => (StatusCode::SERVICE_UNAVAILABLE, Json(Probe { status: error.to_string() })),
     }
@@ -53,7 +54,7 @@ pub(super) async fn readyz(State(state): State<ApiState>) -> (StatusCode, Json<P
     (status = 200, description = "Metrics", body = String, content_type = "text/plain"),
 ))]
 pub(super) async fn metrics(State(state): State<ApiState>) -> Response {
-    let summary = tokio::time::timeout(GAUGES, state.store.summarize_agents()).await;
+    let summary = tokio::time::timeout(PROBE, state.store.summarize_agents()).await;
     match summary.unwrap_or_else(|_| Err(StoreError::Unavailable("no answer in time".to_owned()))) {
         Ok(summary) => {
             let gauges = [

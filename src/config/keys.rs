@@ -199,7 +199,9 @@ impl Slot<'_> {
             Self::Filter(filter) => filter_holds(filter),
             Self::Name(name) => name.as_ref().is_none_or(|name| !name.trim().is_empty()),
             Self::Token(token) => token.as_ref().is_none_or(|token| token_holds(token.expose())),
-            Self::Url(url) => !url.expose().is_empty(),
+            Self::Url(url) => ["sqlite:", "postgres://", "postgresql://"]
+                .iter()
+                .any(|scheme| url.expose().starts_with(scheme)),
             Self::Count(count, range) | Self::Size(count, range) => range.contains(count),
             Self::Pool(count, range) => range.contains(count),
             Self::Span(span, range) => range.contains(&**span),

@@ -53,7 +53,7 @@ pub struct ConnectionRow {
 /// Which connections of an agent.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct HistoryFilter {
-    /// Connections that were open at this moment or later.
+    /// Connections that were, or may have been, open at this moment or later.
     pub from: Option<Moment>,
     /// Connections that began before this moment.
     pub to: Option<Moment>,
@@ -144,7 +144,10 @@ where
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
     if let Some(from) = filter.from {
-        query.push(" AND (c.disconnected_at IS NULL OR c.disconnected_at >= ").push_bind(from).push(")");
+        query
+            .push(" AND (c.disconnected_at IS NULL OR coalesce(c.disconnected_by, c.disconnected_at) >= ")
+            .push_bind(from)
+            .push(")");
     }
     if let Some(to) = filter.to {
         query.push(" AND c.connected_at < ").push_bind(to);

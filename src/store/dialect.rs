@@ -127,9 +127,9 @@ impl Dialect for Postgres {
             // Data, integrity, program limits: this very data. Whatever else goes wrong, a wrong
             // password or a missing table included, is the store's own trouble and passes.
             code if ["22", "23", "54"].iter().any(|class| code.starts_with(class)) => {
-                StoreError::Rejected(error.to_string())
+                StoreError::Rejected(error.message().to_owned())
             }
-            _ => StoreError::Unavailable(error.to_string()),
+            _ => StoreError::Unavailable(error.message().to_owned()),
         }
     }
 }
@@ -176,8 +176,8 @@ impl Dialect for Sqlite {
         let code = error.code().and_then(|code| code.parse::<i32>().ok()).unwrap_or_default();
         // The low byte is the primary code: too big, constraint, mismatch, range mean this very data.
         match code & 0xff {
-            18 | 19 | 20 | 25 => StoreError::Rejected(error.to_string()),
-            _ => StoreError::Unavailable(error.to_string()),
+            18 | 19 | 20 | 25 => StoreError::Rejected(error.message().to_owned()),
+            _ => StoreError::Unavailable(error.message().to_owned()),
         }
     }
 }

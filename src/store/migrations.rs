@@ -31,6 +31,11 @@ impl MigrationState {
         (self.newest - self.version()).max(0)
     }
 
+    /// True where a migration is applied that this binary does not know.
+    fn is_newer(&self) -> bool {
+        self.version() > self.newest
+    }
+
     /// An error where a breaking migration is applied that this binary does not know.
     fn refuse_unknown(&self) -> Result<(), StoreError> {
         match self.applied.iter().find(|(version, breaking)| *version > self.newest && *breaking) {
@@ -41,6 +46,17 @@ impl MigrationState {
                 self.newest
             ))),
         }
+    }
+}
+
+impl std::fmt::Display for MigrationState {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (version, newest) = (self.version(), self.newest);
+        if !self.is_newer() {
+            return write!(f, "schema version {version} of {newest}, {} pending", self.pending());
+        }
+        let runs = if self.refuse_unknown().is_ok() { "runs on it" } else { "refuses to run on it" };
+        write!(f, "schema version {version}, newer than this opamp-server knows ({newest}), which {runs}")
     }
 }
 

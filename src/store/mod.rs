@@ -338,10 +338,11 @@ pub async fn open(url: &str, max_connections: u32, migrate: bool) -> Result<Arc<
     }
 }
 
-/// The migrations of the database at `url`, without touching them.
-pub async fn migrations(url: &str) -> Result<Box<dyn Migrations>, StoreError> {
+/// The migrations of the database at `url`, without touching them; a missing SQLite file is made
+/// only where `create` says so.
+pub async fn migrations(url: &str, create: bool) -> Result<Box<dyn Migrations>, StoreError> {
     match kind(url)? {
         Kind::Postgres => Ok(Box::new(postgres::connect(url, 1).await?)),
-        Kind::Sqlite => Ok(Box::new(sqlite::connect(url, 1).await?)),
+        Kind::Sqlite => Ok(Box::new(sqlite::connect(url, 1, create).await?)),
     }
 }

@@ -16,16 +16,20 @@ pub(super) async fn open(
     max_connections: u32,
     migrate: bool,
 ) -> Result<SqlStore<Sqlite>, StoreError> {
-    let store = connect(url, max_connections).await?;
+    let store = connect(url, max_connections, migrate).await?;
     store.prepare(migrate).await?;
     Ok(store)
 }
 
-/// Connects without touching the schema.
-pub(super) async fn connect(url: &str, max_connections: u32) -> Result<SqlStore<Sqlite>, StoreError> {
+/// Connects without touching the schema; a missing file is made only where `create` says so.
+pub(super) async fn connect(
+    url: &str,
+    max_connections: u32,
+    create: bool,
+) -> Result<SqlStore<Sqlite>, StoreError> {
     let options = SqliteConnectOptions::from_str(url)
         .map_err(|error| StoreError::Schema(format!("store.url is not a valid sqlite:// URL: {error}")))?
-        .create_if_missing(true)
+        .create_if_missing(create)
         .journal_mode(SqliteJournalMode::Wal)
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
@@ -37,6 +41,12 @@ pub(super) async fn connect(url: &str, max_connections: u32) -> Result<SqlStore<
         SqlitePoolOptions::new().max_connections(connections).acquire_timeout(CALL_DEADLINE)
     };
     let place = file.display().to_string();
+    if !create && !in_memory && !file.exists() {
+        return Err(StoreError::Schema(format!(
+            "{place} does not exist, its migrations are missing: run `opamp-server migrate up`, or start without \
+             --no-migrate"
+        )));
+    }
     let unusable = |error| match failure::<Sqlite>(error) {
         StoreError::Unavailable(text) => StoreError::Unavailable(format!("cannot open {place}: {text}")),
         error @ (StoreError::Conflict

@@ -39,6 +39,8 @@ pub(super) enum Denied {
     Full,
     /// As many came in the last second as allowed.
     Rate,
+    /// The store is away: nobody new can be put on record.
+    Store,
 }
 
 impl Denied {
@@ -49,6 +51,7 @@ impl Denied {
             Self::Closed => Refused::Draining,
             Self::Full => Refused::Connections,
             Self::Rate => Refused::Rate,
+            Self::Store => Refused::Store,
         }
     }
 
@@ -61,7 +64,7 @@ impl Denied {
             Self::InvalidToken => {
                 unauthorized("invalid_agent_token", "the token is not the one this server was started with")
             }
-            Self::Closed | Self::Full | Self::Rate => come_back_later(),
+            Self::Closed | Self::Full | Self::Rate | Self::Store => come_back_later(),
         }
     }
 }

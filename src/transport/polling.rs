@@ -98,8 +98,16 @@ async fn exchanged(
         Ok(Sender::Anonymous) => return introduce(services, &report),
         Err(exchanged) => return *exchanged,
     };
-    if services.hub.get(agent).is_none() && !admission.admits_newcomer(&services.clock) {
-        services.metrics.refused.of(Refused::Rate).increment(1);
+    let newcomer = services.hub.get(agent).is_none();
+    let refused = if newcomer && services.outage.is_away() {
+        Some(Refused::Store)
+    } else if newcomer && !admission.admits_newcomer(&services.clock) {
+        Some(Refused::Rate)
+    } else {
+        None
+    };
+    if let Some(cause) = refused {
+        services.metrics.refused.of(cause).increment(1);
         return reject(services, &report.instance_uid, Refusal::Unavailable { retry_after_seconds: 30 });
     }
     let origin = Origin {

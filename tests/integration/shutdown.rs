@@ -201,7 +201,7 @@ async fn a_name_in_use_is_refused() {
         refused
             .1
             .iter()
-            .any(|entry| entry["message"].as_str().is_some_and(|text| text.contains("node.name")))
+            .any(|entry| entry["message"].as_str().is_some_and(|text| text.contains("in use by another opamp-server")))
     );
 }
 

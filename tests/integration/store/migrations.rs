@@ -52,7 +52,7 @@ pub(super) async fn going_down_and_up_again_works_with_rows_in_the_tables(databa
     inhabit(database).await;
     let raw = database.raw().await;
     assert_inhabited(&raw).await;
-    let migrations = store::migrations(database.url()).await.expect("the database answers");
+    let migrations = store::migrations(database.url(), true).await.expect("the database answers");
     let state = migrations.state().await.expect("the state is read");
     assert_eq!((state.version(), state.pending()), (state.newest, 0));
     for version in (0..state.newest).rev() {
@@ -92,7 +92,7 @@ fn is_schema(error: Result<impl Sized, StoreError>, words: &str) {
 /// Without leave to migrate a store does not open; a running one says what is missing. Both name the cure.
 pub(super) async fn a_missing_migration_is_named(database: &Database) {
     is_schema(store::open(database.url(), 2, false).await, "opamp-server migrate up");
-    let migrations = store::migrations(database.url()).await.expect("the database answers");
+    let migrations = store::migrations(database.url(), true).await.expect("the database answers");
     let state = migrations.state().await.expect("the state is read");
     assert_eq!((state.version(), state.pending(), state.applied), (0, state.newest, Vec::new()));
     let store = database.open().await;
@@ -117,7 +117,7 @@ pub(super) async fn an_unknown_breaking_migration_is_refused(database: &Database
         is_schema(store::open(database.url(), 2, migrate).await, "migration 9999");
     }
     is_schema(running.check().await, "migration 9999");
-    let migrations = store::migrations(database.url()).await.expect("the database answers");
+    let migrations = store::migrations(database.url(), true).await.expect("the database answers");
     is_schema(migrations.down().await, "migration 9999");
     is_schema(migrations.up().await, "migration 9999");
 }
