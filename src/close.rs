@@ -124,6 +124,12 @@ impl CloseReason {
         }
     }
 
+    /// True where an operator wants the link closed: what its agent still reports on it is not taken.
+    #[must_use]
+    pub const fn is_ordered(self) -> bool {
+        matches!(self, Self::ReconnectRequested | Self::Deleted | Self::CredentialsRevoked)
+    }
+
     /// The status code of the Close frame that tells the peer.
     #[must_use]
     pub const fn code(self) -> u16 {

@@ -11,8 +11,8 @@ use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Clock, Moment};
 use crate::config::Ephemeral;
-use crate::history::{History, log_status_change};
-use crate::store::{Status, Store, StoreError};
+use crate::history::History;
+use crate::store::{Status, StatusChange, Store, StoreError};
 
 /// The shortest pause between two looks at pending verdicts.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
@@ -54,7 +54,7 @@ impl Verdicts {
         let now = self.history.now();
         let next = self.store.next_overdue().await?;
         if next.is_some_and(|next| next <= now) {
-            self.store.update_overdue_status(now).await?.iter().for_each(log_status_change);
+            self.store.update_overdue_status(now).await?.iter().for_each(StatusChange::log);
             return Ok(SHORTEST_PAUSE);
         }
         let until = next.map_or(self.check_interval, |next: Moment| next.since(now));
@@ -91,7 +91,7 @@ impl Sweep {
             match stale {
                 Err(error) => tracing::warn!(%error, "the sweep waits for the store"),
                 Ok(changes) => {
-                    changes.iter().for_each(log_status_change);
+                    changes.iter().for_each(StatusChange::log);
                     let retired = changes.iter().filter(|change| change.to == Status::Retired).count();
                     let errors = changes.len() - retired;
                     if !changes.is_empty() {

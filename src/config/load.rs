@@ -421,6 +421,7 @@ mod tests {
             ("operators", "token", "u"),
             ("operators", "allow_anonymous", "true"),
             ("store", "url", "sqlite://x.db"),
+            ("store", "listen_url", "postgres://x"),
             ("store", "max_connections", "4"),
             ("store", "flush_interval", "1s"),
             ("heartbeat", "interval", "2s"),
