@@ -111,6 +111,11 @@ impl Session {
         &self.connection
     }
 
+    /// True once its end is on record, unless the link is to be closed with it: then the link lets go of it.
+    fn has_left(&self, reopens: impl Fn(CloseReason) -> bool) -> bool {
+        self.connection.is_recorded() && self.connection.ended().is_some_and(reopens)
+    }
+
     /// Ends the connection, unless it has ended before; the ticket tells when that is on record.
     #[must_use]
     pub fn end(&self, reason: CloseReason, noticed: Noticed) -> Option<crate::history::EndTicket> {
@@ -252,7 +257,10 @@ pub async fn exchange(
 ) -> Exchanged {
     let closing = services.closing.load(Ordering::Relaxed);
     let heard = origin.link.last_byte();
-    if !closing && slot.as_ref().is_some_and(|session| session.connection.ended().is_some()) {
+    // A report that meets an ordered end must not open another connection on a link that is about to close.
+    let reopens = |reason: CloseReason| origin.transport == Transport::Http || !reason.is_ordered();
+    let ended = slot.as_ref().and_then(|session| session.connection.ended());
+    if !closing && ended.is_some_and(reopens) {
         *slot = None;
     }
     let result = match slot {
@@ -261,7 +269,7 @@ pub async fn exchange(
         Some(session) => session.on_report(report, digest_of_bytes(bytes), heard).await,
         None => Box::pin(first_report(services, slot, origin, agent, report, bytes)).await,
     };
-    if slot.as_ref().is_some_and(|session| session.connection.is_recorded()) {
+    if slot.as_ref().is_some_and(|session| session.has_left(reopens)) {
         *slot = None;
     }
     answer(services, &report.instance_uid, result)

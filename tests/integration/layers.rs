@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// The modules from the bottom; each may know those of the groups before its own, and no others.
 const ORDER: [&[&str]; 11] = [
-    &["proto", "clock", "close", "config"],
+    &["proto", "clock", "close", "config", "site"],
     &["agent", "wire"],
     &["store"],
     &["metrics"],
@@ -16,14 +16,15 @@ const ORDER: [&[&str]; 11] = [
     &["history"],
     &["heartbeat", "sweep"],
     &["session"],
-    &["transport"],
+    &["orders", "transport"],
     &["api"],
     &["server"],
 ];
 
 /// What a module must not know although it stands above it.
-const STRANGERS: [(&str, &[&str]); 2] = [
-    ("api", &["history", "heartbeat", "sweep", "session", "transport", "wire", "proto", "close"]),
+const STRANGERS: [(&str, &[&str]); 3] = [
+    ("api", &["history", "heartbeat", "sweep", "session", "orders", "transport", "wire", "proto", "close"]),
+    ("orders", &["heartbeat", "sweep", "wire", "proto", "agent"]),
     ("transport", &["sweep"]),
 ];
 
