@@ -21,8 +21,7 @@ use crate::metrics::Metrics;
 use crate::outage::Outage;
 use crate::pulse::{Expectations, Link, Pulse};
 use crate::store::{
-    AgentUpdate, ConnectionEnd, Ended, NewConnection, Opened, StatusChange, Store, StoreError, Transport,
-    Write, Written,
+    AgentUpdate, ConnectionEnd, Ended, NewConnection, Opened, Store, StoreError, Transport, Write, Written,
 };
 
 /// The most writes that share one commit.
@@ -344,18 +343,6 @@ fn count(number: usize) -> f64 {
     number as f64
 }
 
-/// Logs one change of an agent's status.
-pub fn log_status_change(change: &StatusChange) {
-    tracing::info!(
-        agent_id = %change.agent,
-        from = change.from.map_or("unknown", |status| status.label()),
-        to = change.to.label(),
-        reason = change.reason,
-        connection_id = change.connection_id,
-        "agent status updated"
-    );
-}
-
 impl Writer {
     /// Writes until `stop` is cancelled and nothing is left to write.
     pub async fn run(mut self, stop: CancellationToken) {
@@ -477,13 +464,13 @@ impl Writer {
                 }
                 Written::Created(opened) => {
                     if let Some(displaced) = opened.displaced {
-                        self.count_duration(displaced.reason, displaced.duration_seconds);
+                        self.shared.metrics.connection_ended(displaced.reason, displaced.duration_seconds);
                     }
                     opened.status.as_ref()
                 }
             };
             if let Some(change) = change {
-                log_status_change(change);
+                change.log();
             }
             job.answer(Ok(written));
         }
@@ -492,17 +479,11 @@ impl Writer {
     fn count_end(&self, write: &Write, ended: &Ended) {
         let Write::UpdateConnection(end) = write else { return };
         if let Some(seconds) = ended.duration_seconds {
-            self.count_duration(end.reason, seconds);
+            self.shared.metrics.connection_ended(end.reason, seconds);
         }
         if end.offline_at.is_some() {
             self.shared.pending_verdict.notify_one();
         }
-    }
-
-    fn count_duration(&self, reason: CloseReason, seconds: i64) {
-        let seconds = u32::try_from(seconds).unwrap_or(u32::MAX);
-        self.shared.metrics.connections_ended.of(reason).increment(1);
-        self.shared.metrics.connection_duration.of(reason).record(f64::from(seconds));
     }
 }
 

@@ -21,6 +21,13 @@
 //! of life reach the store folded, in one statement every few seconds ([`session::flush`]), and the
 //! stored number never passes the stored state: a crash costs a full-state request, never a lie.
 //!
+//! ## An order's way
+//!
+//! A handler of [`api`] writes the order into the store, with the id of the connection it is for, and
+//! is done. The store announces it in the same transaction; [`orders`] on every node looks for those
+//! of its own connections and ends them through the history → the link sends Close once that is on
+//! record. Wakes carry nothing and may get lost: the task looks at a pace as well.
+//!
 //! ## Who decides what
 //!
 //! - [`heartbeat`] alone says that an agent fell silent; it holds a deadline per connection and
@@ -34,10 +41,11 @@
 //!
 //! ## Who may know whom
 //!
-//! From the bottom: `proto`, `clock`, `close`, `config` know nothing of ours; `agent` and `wire` know
-//! those; then `store`, `metrics`, `outage`, `sight`, `pulse`, `history`, `heartbeat`, `sweep`
-//! and `retention`, `session`, `transport` and `api` beside it, `server`, and `healthcheck` apart. SQL is spoken in `store` only, axum in `api` and `server` only, hyper in
-//! `transport` and, as a client, in `healthcheck` only. A test reads the sources and holds them to it.
+//! From the bottom: `proto`, `clock`, `close`, `config`, `site` know nothing of ours; `agent` and `wire`
+//! know those; then `store`, `metrics`, `outage`, `sight`, `pulse`, `history`, `heartbeat`, `sweep` and
+//! `retention`, `session`, `orders`, `transport` and `api` beside it, `server`, and `healthcheck` apart.
+//! SQL is spoken in `store` only, axum in `api` and `server` only, hyper in `transport` and, as a
+//! client, in `healthcheck` only. A test reads the sources and holds them to it.
 //!
 //! Two things differ from what one might expect. `pulse` stands between `store` and `history`
 //! because a deadline is computed from a link's and a connection's signs of life alone, and both
@@ -53,6 +61,7 @@ pub mod healthcheck;
 pub mod heartbeat;
 pub mod history;
 pub mod metrics;
+pub mod orders;
 pub mod outage;
 pub mod proto;
 pub mod pulse;
@@ -60,6 +69,7 @@ pub mod retention;
 pub mod server;
 pub mod session;
 pub mod sight;
+pub mod site;
 pub mod store;
 pub mod sweep;
 pub mod transport;

@@ -142,12 +142,27 @@ pub enum Refused {
     Rate,
     /// As many agents on the link as `agents.max_per_link` allows.
     PerLink,
+    /// A page of another origin asked a browser to connect.
+    ForeignOrigin,
+    /// A browser says that another site is behind the request.
+    CrossSite,
+    /// Without token: the request is not for this machine by name.
+    ForeignHost,
 }
 
 impl Label for Refused {
     const NAME: &'static str = "cause";
-    const ALL: &'static [Self] =
-        &[Self::Unauthorized, Self::Connections, Self::Draining, Self::Store, Self::Rate, Self::PerLink];
+    const ALL: &'static [Self] = &[
+        Self::Unauthorized,
+        Self::Connections,
+        Self::Draining,
+        Self::Store,
+        Self::Rate,
+        Self::PerLink,
+        Self::ForeignOrigin,
+        Self::CrossSite,
+        Self::ForeignHost,
+    ];
     fn word(self) -> &'static str {
         match self {
             Self::Unauthorized => "unauthorized",
@@ -156,6 +171,9 @@ impl Label for Refused {
             Self::Store => "store",
             Self::Rate => "rate",
             Self::PerLink => "per_link",
+            Self::ForeignOrigin => "foreign_origin",
+            Self::CrossSite => "cross_site",
+            Self::ForeignHost => "foreign_host",
         }
     }
 }
@@ -405,6 +423,13 @@ impl Metrics {
     pub fn count_bytes(&self, (received, sent): (u64, u64)) {
         self.bytes.of(Direction::Received).increment(received);
         self.bytes.of(Direction::Sent).increment(sent);
+    }
+
+    /// Counts the end of a connection that lasted so many seconds.
+    pub fn connection_ended(&self, reason: CloseReason, seconds: i64) {
+        let seconds = u32::try_from(seconds).unwrap_or(u32::MAX);
+        self.connections_ended.of(reason).increment(1);
+        self.connection_duration.of(reason).record(f64::from(seconds));
     }
 
     /// The text of `/metrics`.

@@ -1,7 +1,7 @@
 //! The server: everything is built here once, from top to bottom, and stopped in the opposite order.
 //!
 //! Two listeners, one task tracker for links, one set of owner tasks (writer, monitor, sight,
-//! verdicts, sweep, retention, flush, lease, clock). An owner that ends before it is told to stops the server: the next
+//! verdicts, sweep, retention, orders, flush, lease, clock). An owner that ends before it is told to stops the server: the next
 //! start tells the truth. A link's panic ends that link only.
 
 use std::net::SocketAddr;
@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -23,6 +24,7 @@ use crate::config::Config;
 use crate::heartbeat::HeartbeatMonitor;
 use crate::history::{History, Noticed, OpenConnection, Writer};
 use crate::metrics::Metrics;
+use crate::orders::Orders;
 use crate::outage::Outage;
 use crate::pulse::{Expectations, Link, Pulse};
 use crate::retention::Retention;
@@ -167,8 +169,19 @@ impl Server {
             stops.flushing.clone(),
         );
         own(&mut owners, "agents' listener", listener.run());
-        let stopping = Arc::new(AtomicBool::new(false));
-        let router = api::router(api_state(config, &services, Arc::clone(&stopping)));
+        let (stopping, ordered) = (Arc::new(AtomicBool::new(false)), Arc::new(Notify::new()));
+        let orders = Orders {
+            store: Arc::clone(&services.store),
+            history: services.history.clone(),
+            hub: Arc::clone(&services.hub),
+            node_id,
+            written: Arc::clone(&ordered),
+            listen_url: config.store.listen_url.clone(),
+            check_interval: config.heartbeat.check_interval,
+        };
+        own(&mut owners, "orders", orders.run(stops.flushing.clone()));
+        let state = api_state(config, &services, node_id, ordered, Arc::clone(&stopping));
+        let router = api::router(state);
         own(&mut owners, "operators' listener", serve_operators(operators, router, stops.writing.clone()));
         Ok(Self {
             agents: agents_address,
@@ -401,6 +414,7 @@ fn limits(config: &Config, max_connections: usize) -> Limits {
     Limits {
         path: config.agents.path.clone(),
         token: config.agents.token.clone(),
+        local: config.agents.token.is_none() && !config.agents.allow_anonymous,
         max_connections,
         max_connects_per_second: config.agents.max_connects_per_second,
         max_inflight: config.agents.max_inflight,
@@ -409,8 +423,17 @@ fn limits(config: &Config, max_connections: usize) -> Limits {
     }
 }
 
-fn api_state(config: &Config, services: &Services, stopping: Arc<AtomicBool>) -> ApiState {
+fn api_state(
+    config: &Config,
+    services: &Services,
+    node_id: Uuid,
+    ordered: Arc<Notify>,
+    stopping: Arc<AtomicBool>,
+) -> ApiState {
     ApiState {
+        node_id,
+        ordered,
+        local: config.operators.token.is_none() && !config.operators.allow_anonymous,
         store: Arc::clone(&services.store),
         clock: services.clock.clone(),
         metrics: Arc::clone(&services.metrics),

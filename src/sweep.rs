@@ -12,10 +12,10 @@ use uuid::Uuid;
 
 use crate::clock::{Clock, Moment};
 use crate::config::Ephemeral;
-use crate::history::{History, log_status_change};
+use crate::history::History;
 use crate::outage::Outage;
 use crate::sight::Sight;
-use crate::store::{Status, Store, StoreError};
+use crate::store::{Status, StatusChange, Store, StoreError};
 
 /// The shortest pause between two looks at pending verdicts.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(100);
@@ -76,7 +76,7 @@ impl Verdicts {
         }
         let next = self.store.next_overdue().await?;
         if next.is_some_and(|next| next <= now) {
-            self.store.update_overdue_status(now).await?.iter().for_each(log_status_change);
+            self.store.update_overdue_status(now).await?.iter().for_each(StatusChange::log);
             return Ok(SHORTEST_PAUSE);
         }
         let until = next.map_or(self.check_interval, |next: Moment| next.since(now));
@@ -115,7 +115,7 @@ impl Sweep {
             match stale {
                 Err(error) => self.outage.failed("the sweep", &error),
                 Ok(changes) => {
-                    changes.iter().for_each(log_status_change);
+                    changes.iter().for_each(StatusChange::log);
                     let retired = changes.iter().filter(|change| change.to == Status::Retired).count();
                     let errors = changes.len() - retired;
                     if !changes.is_empty() {

@@ -32,6 +32,9 @@ CREATE TABLE agents (
     -- The moment from which `sweep.stale_after` counts; moved on by the time in which no node was alive.
     stale_from timestamptz,
     connection_id bigint,
+    -- An operator's order: this connection is to end, for this reason. Whoever holds it hears of it; its end clears it.
+    close_connection bigint,
+    close_reason text,
     previous_id uuid REFERENCES agents (id),
     groups jsonb NOT NULL DEFAULT '[]',
     healthy boolean,
@@ -61,6 +64,7 @@ CREATE INDEX agents_name ON agents (lower(name) COLLATE "C", id);
 CREATE INDEX agents_host ON agents (lower(host) COLLATE "C", id);
 CREATE INDEX agents_pending_verdict ON agents (offline_at) WHERE offline_at IS NOT NULL;
 CREATE INDEX agents_stale ON agents (stale_from) WHERE stale_from IS NOT NULL;
+CREATE INDEX agents_close_ordered ON agents (close_connection) WHERE close_connection IS NOT NULL;
 CREATE INDEX agents_previous ON agents (previous_id) WHERE previous_id IS NOT NULL;
 
 -- Signs of life: narrow and without a second index, so that every flush is a HOT update.

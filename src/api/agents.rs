@@ -7,13 +7,13 @@ use axum::extract::{FromRequestParts, Path, State};
 use axum::http::request::Parts;
 use serde::Serialize;
 use serde_json::Value;
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
 
 use super::ApiState;
-use super::error::{ApiError, Problem};
+use super::error::{ApiError, BadRequest, Refusals, UnknownAgent};
 use super::mask::mask_value;
-use super::page::Params;
+use super::page::{PageQuery, Params};
 use crate::agent::{Capabilities, InstanceUid};
 use crate::clock::Moment;
 use crate::store::{AgentDetail, AgentFilter, AgentRow, AgentSummary, ConnectionRow, Status, Transport};
@@ -213,27 +213,51 @@ pub(super) struct AgentPage {
     next_cursor: Option<String>,
 }
 
+/// Which agents.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "described here, read by `read_filter`")]
+pub(super) struct FilterQuery {
+    /// Only with this status
+    #[param(inline, example = "online")]
+    status: Option<Status>,
+    /// Only with, or without, an open connection
+    #[param(example = true)]
+    connected: Option<bool>,
+    /// Only those that say they are healthy, or not
+    #[param(example = false)]
+    healthy: Option<bool>,
+    /// Only those connected this way
+    #[param(inline, example = "websocket")]
+    transport: Option<Transport>,
+    /// Only with this attribute as text, e.g. `attr.os.type=linux`; repeatable with other keys
+    #[param(rename = "attr.<key>", example = "linux")]
+    attribute: Option<String>,
+    /// Only those whose id, name or host begins with this, in any case
+    #[param(example = "edge")]
+    q: Option<String>,
+    /// Retired agents as well
+    #[param(inline, example = "retired")]
+    include: Option<Include>,
+}
+
+/// Which agents are listed on request only.
+#[derive(ToSchema)]
+#[schema(rename_all = "snake_case")]
+#[expect(dead_code, reason = "described here, read by `read_filter`")]
+pub(super) enum Include {
+    Retired,
+}
+
 /// Declares one list of agents: its route, its documentation, and what it narrows.
 macro_rules! agent_list {
     ($name:ident, $path:literal, $doc:literal, $narrow:expr) => {
         #[doc = $doc]
+        #[doc = ""]
+        #[doc = "Ordered by id, page by page; `total` counts all pages. Filters combine: all must hold."]
         #[utoipa::path(get, path = $path, tag = "agents",
-            params(
-                ("status" = Option<String>, Query, description = "Only with this status: online, offline, error, retired", example = "online"),
-                ("connected" = Option<bool>, Query, description = "Only with, or without, an open connection", example = true),
-                ("healthy" = Option<bool>, Query, description = "Only those that say they are healthy, or not", example = false),
-                ("transport" = Option<String>, Query, description = "Only those connected by: websocket, http", example = "websocket"),
-                ("attr.<key>" = Option<String>, Query, description = "Only with this attribute as text, e.g. attr.os.type=linux; repeatable with other keys"),
-                ("q" = Option<String>, Query, description = "Only those whose id, name or host begins with this, in any case", example = "edge"),
-                ("include" = Option<String>, Query, description = "retired: those as well", example = "retired"),
-                ("limit" = Option<u32>, Query, description = "Agents per page, 1 to 1000", example = 100),
-                ("cursor" = Option<String>, Query, description = "The next_cursor of the page before"),
-            ),
-            responses(
-                (status = 200, description = "One page", body = AgentPage),
-                (status = 400, description = "A parameter is wrong", body = Problem, content_type = "application/problem+json"),
-                (status = 503, description = "The store is away", body = Problem, content_type = "application/problem+json"),
-            ))]
+            params(FilterQuery, PageQuery),
+            responses((status = 200, description = "One page", body = AgentPage), BadRequest, Refusals))]
         pub(super) async fn $name(State(state): State<ApiState>, params: Params) -> Result<Json<AgentPage>, ApiError> {
             page_of(&state, params, $narrow).await
         }
@@ -276,10 +300,11 @@ async fn page_of(
     Ok(Json(AgentPage { agents, total: page.total, next_cursor }))
 }
 
-fn read_filter(params: &mut Params) -> Result<AgentFilter, ApiError> {
+pub(super) fn read_filter(params: &mut Params) -> Result<AgentFilter, ApiError> {
     let status = params.checked("status", "online, offline, error or retired", Status::from_label)?;
     let retired = params.checked("include", "retired", |text| (text == "retired").then_some(true))?;
     Ok(AgentFilter {
+        id: None,
         statuses: status.into_iter().collect(),
         connected: params.parsed("connected", "true or false")?,
         healthy: params.parsed("healthy", "true or false")?,
@@ -292,10 +317,10 @@ fn read_filter(params: &mut Params) -> Result<AgentFilter, ApiError> {
 }
 
 /// How many agents have which status and health.
-#[utoipa::path(get, path = "/api/v1/agents/summary", tag = "agents", responses(
-    (status = 200, description = "The counts; total = online + offline + error", body = AgentSummary),
-    (status = 503, description = "The store is away", body = Problem, content_type = "application/problem+json"),
-))]
+///
+/// `total` = `online` + `offline` + `error`: retired agents are counted apart.
+#[utoipa::path(get, path = "/api/v1/agents/summary", tag = "agents",
+    responses((status = 200, description = "The counts", body = AgentSummary), BadRequest, Refusals))]
 pub(super) async fn summary(
     State(state): State<ApiState>,
     params: Params,
@@ -304,14 +329,15 @@ pub(super) async fn summary(
     Ok(Json(state.store.summarize_agents().await?))
 }
 
-/// Everything known of one agent, retired ones included.
+/// Everything known of one agent.
+///
+/// Retired ones included. Secrets in the effective config are masked: values under keys like
+/// `password`, `token`, `api_key` or `authorization`, and user info in URLs.
 #[utoipa::path(get, path = "/api/v1/agents/{id}", tag = "agents",
-    params(("id" = Uuid, Path, description = "The instance uid")),
+    params(("id" = Uuid, Path, description = "The instance uid", example = "01919d4c-8f2b-7aa0-9d3e-5b1c2d3e4f50")),
     responses(
         (status = 200, description = "The agent", body = AgentDocument),
-        (status = 400, description = "The id is no UUID", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such agent", body = Problem, content_type = "application/problem+json"),
-        (status = 503, description = "The store is away", body = Problem, content_type = "application/problem+json"),
+        BadRequest, UnknownAgent, Refusals,
     ))]
 pub(super) async fn detail(
     State(state): State<ApiState>,
@@ -324,13 +350,13 @@ pub(super) async fn detail(
 }
 
 /// The status of one agent and what it rests on.
+///
+/// `deadline_at` is the moment at which it goes offline unless it is heard before.
 #[utoipa::path(get, path = "/api/v1/agents/{id}/status", tag = "agents",
-    params(("id" = Uuid, Path, description = "The instance uid")),
+    params(("id" = Uuid, Path, description = "The instance uid", example = "01919d4c-8f2b-7aa0-9d3e-5b1c2d3e4f50")),
     responses(
         (status = 200, description = "The status", body = AgentStatus),
-        (status = 400, description = "The id is no UUID", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such agent", body = Problem, content_type = "application/problem+json"),
-        (status = 503, description = "The store is away", body = Problem, content_type = "application/problem+json"),
+        BadRequest, UnknownAgent, Refusals,
     ))]
 pub(super) async fn status(
     State(state): State<ApiState>,

@@ -3,12 +3,12 @@
 use axum::Json;
 use axum::extract::State;
 use serde::Serialize;
-use utoipa::ToSchema;
+use utoipa::{IntoParams, ToSchema};
 
 use super::ApiState;
 use super::agents::AgentId;
-use super::error::{ApiError, Problem};
-use super::page::Params;
+use super::error::{ApiError, BadRequest, Refusals, UnknownAgent};
+use super::page::{PageQuery, Params};
 use crate::store::{ConnectionRow, HistoryFilter, Transition};
 
 /// One page of the connection history.
@@ -22,6 +22,19 @@ pub(super) struct ConnectionPage {
     next_cursor: Option<String>,
 }
 
+/// Which connections.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "described here, read by `Params`")]
+pub(super) struct SpanQuery {
+    /// Only connections that were open at this time or later
+    #[param(format = DateTime, example = "2026-01-31T03:42:00Z")]
+    from: Option<String>,
+    /// Only connections that began before this time
+    #[param(format = DateTime, example = "2026-01-31T04:00:00Z")]
+    to: Option<String>,
+}
+
 /// The connections of an agent, newest first.
 ///
 /// Between `disconnected_at` and `disconnected_by` nobody knows: the first is the last proof that it
@@ -29,17 +42,13 @@ pub(super) struct ConnectionPage {
 /// `confirmed_until`.
 #[utoipa::path(get, path = "/api/v1/agents/{id}/connection-history", tag = "connections",
     params(
-        ("id" = uuid::Uuid, Path, description = "The instance uid"),
-        ("from" = Option<String>, Query, description = "Only connections that were open at this time or later (RFC 3339)", example = "2026-01-31T03:42:00Z"),
-        ("to" = Option<String>, Query, description = "Only connections that began before this time (RFC 3339)", example = "2026-01-31T04:00:00Z"),
-        ("limit" = Option<u32>, Query, description = "Connections per page, 1 to 1000", example = 100),
-        ("cursor" = Option<String>, Query, description = "The next_cursor of the page before"),
+        ("id" = uuid::Uuid, Path, description = "The instance uid", example = "01919d4c-8f2b-7aa0-9d3e-5b1c2d3e4f50"),
+        SpanQuery,
+        PageQuery,
     ),
     responses(
         (status = 200, description = "One page", body = ConnectionPage),
-        (status = 400, description = "A parameter is wrong", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such agent", body = Problem, content_type = "application/problem+json"),
-        (status = 503, description = "The store is away", body = Problem, content_type = "application/problem+json"),
+        BadRequest, UnknownAgent, Refusals,
     ))]
 pub(super) async fn history(
     State(state): State<ApiState>,
@@ -71,17 +80,16 @@ pub(super) struct TransitionPage {
 }
 
 /// The changes of an agent's status, newest first.
+///
+/// Each with its reason: `first_report`, `returned`, `stale`, or why the connection ended.
 #[utoipa::path(get, path = "/api/v1/agents/{id}/status-history", tag = "agents",
     params(
-        ("id" = uuid::Uuid, Path, description = "The instance uid"),
-        ("limit" = Option<u32>, Query, description = "Changes per page, 1 to 1000", example = 100),
-        ("cursor" = Option<String>, Query, description = "The next_cursor of the page before"),
+        ("id" = uuid::Uuid, Path, description = "The instance uid", example = "01919d4c-8f2b-7aa0-9d3e-5b1c2d3e4f50"),
+        PageQuery,
     ),
     responses(
         (status = 200, description = "One page", body = TransitionPage),
-        (status = 400, description = "A parameter is wrong", body = Problem, content_type = "application/problem+json"),
-        (status = 404, description = "No such agent", body = Problem, content_type = "application/problem+json"),
-        (status = 503, description = "The store is away", body = Problem, content_type = "application/problem+json"),
+        BadRequest, UnknownAgent, Refusals,
     ))]
 pub(super) async fn status_history(
     State(state): State<ApiState>,

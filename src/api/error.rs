@@ -1,12 +1,20 @@
 //! Every problem the API answers, as `application/problem+json` (RFC 9457) with a stable type.
 
+use std::collections::BTreeMap;
+
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use utoipa::ToSchema;
+use utoipa::openapi::example::ExampleBuilder;
+use utoipa::openapi::{self, ContentBuilder, Ref, RefOr, ResponseBuilder};
+use utoipa::{IntoResponses, ToSchema};
 
 use crate::agent::InstanceUid;
+use crate::site::Foreign;
 use crate::store::StoreError;
+
+/// The media type of problems.
+const PROBLEM: &str = "application/problem+json";
 
 /// What went wrong.
 #[derive(Debug, thiserror::Error)]
@@ -19,6 +27,20 @@ pub(super) enum ApiError {
     MethodNotAllowed(String, String),
     #[error("parameter {name}: {problem}")]
     BadParameter { name: String, problem: String },
+    #[error(
+        "name the agents to delete by at least one filter: status, connected, healthy, transport, attr.<key> or q"
+    )]
+    FilterMissing,
+    #[error("agent {0} is not connected")]
+    NotConnected(InstanceUid),
+    #[error("agent {0} polls over plain HTTP: it has no connection that could be closed")]
+    NotWebsocket(InstanceUid),
+    #[error("agent {0} is connected: add force=true to close its connection and delete it")]
+    AgentConnected(InstanceUid),
+    #[error("{0}")]
+    Foreign(#[from] Foreign),
+    #[error("a body must be application/json")]
+    UnsupportedMediaType,
     #[error("show the operators' token: Authorization: Bearer <token>")]
     TokenRequired,
     #[error("the token is not the one this server was started with")]
@@ -62,6 +84,16 @@ impl ApiError {
                 (StatusCode::METHOD_NOT_ALLOWED, "method-not-allowed", "Method not allowed")
             }
             Self::BadParameter { .. } => (StatusCode::BAD_REQUEST, "bad-parameter", "Bad parameter"),
+            Self::FilterMissing => (StatusCode::BAD_REQUEST, "filter-missing", "Filter missing"),
+            Self::NotConnected(_) => (StatusCode::CONFLICT, "not-connected", "Not connected"),
+            Self::NotWebsocket(_) => (StatusCode::CONFLICT, "not-a-websocket-agent", "Not a WebSocket agent"),
+            Self::AgentConnected(_) => (StatusCode::CONFLICT, "agent-connected", "Agent connected"),
+            Self::Foreign(Foreign::Origin) => (StatusCode::FORBIDDEN, "foreign-origin", "Foreign origin"),
+            Self::Foreign(Foreign::Site) => (StatusCode::FORBIDDEN, "cross-site", "Cross-site request"),
+            Self::Foreign(Foreign::Host) => (StatusCode::FORBIDDEN, "foreign-host", "Foreign host"),
+            Self::UnsupportedMediaType => {
+                (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type", "Unsupported media type")
+            }
             Self::TokenRequired => (StatusCode::UNAUTHORIZED, "token-required", "Token required"),
             Self::InvalidToken => (StatusCode::UNAUTHORIZED, "invalid-token", "Invalid token"),
             Self::StoreUnavailable => {
@@ -84,26 +116,104 @@ impl From<StoreError> for ApiError {
     }
 }
 
-impl IntoResponse for ApiError {
-    fn into_response(self) -> Response {
+impl ApiError {
+    fn problem(&self) -> (StatusCode, Problem) {
         let (status, r#type, title) = self.kind();
-        let parameter = match &self {
+        let parameter = match self {
             Self::BadParameter { name, .. } => Some(name.clone()),
             Self::NoSuchAgent(_)
             | Self::NoSuchRoute(_)
             | Self::MethodNotAllowed(..)
+            | Self::FilterMissing
+            | Self::NotConnected(_)
+            | Self::NotWebsocket(_)
+            | Self::AgentConnected(_)
+            | Self::Foreign(_)
+            | Self::UnsupportedMediaType
             | Self::TokenRequired
             | Self::InvalidToken
             | Self::StoreUnavailable
             | Self::Internal => None,
         };
-        let problem = Problem { r#type, title, status: status.as_u16(), detail: self.to_string(), parameter };
+        (status, Problem { r#type, title, status: status.as_u16(), detail: self.to_string(), parameter })
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let (status, problem) = self.problem();
         let mut response = (status, axum::Json(problem)).into_response();
         let headers = response.headers_mut();
-        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/problem+json"));
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(PROBLEM));
         if status == StatusCode::UNAUTHORIZED {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
         response
     }
+}
+
+/// Describes problems for `/openapi.json`, each by the very error that is answered.
+fn described(samples: impl IntoIterator<Item = ApiError>) -> BTreeMap<String, RefOr<openapi::Response>> {
+    let mut by_status: BTreeMap<String, Vec<Problem>> = BTreeMap::new();
+    for sample in samples {
+        let (status, problem) = sample.problem();
+        by_status.entry(status.as_str().to_owned()).or_default().push(problem);
+    }
+    let describe = |problems: Vec<Problem>| {
+        let titles: Vec<_> = problems.iter().map(|problem| problem.title).collect();
+        let examples = problems.iter().map(|problem| {
+            let example =
+                ExampleBuilder::new().summary(problem.title).value(serde_json::to_value(problem).ok());
+            (problem.r#type, example.build())
+        });
+        let content = ContentBuilder::new()
+            .schema(Some(Ref::from_schema_name("Problem")))
+            .examples_from_iter(examples)
+            .build();
+        RefOr::T(ResponseBuilder::new().description(titles.join(", or ")).content(PROBLEM, content).build())
+    };
+    by_status.into_iter().map(|(status, problems)| (status, describe(problems))).collect()
+}
+
+/// Declares sets of problems that routes may answer.
+macro_rules! problems {
+    ($($(#[$doc:meta])* $name:ident: [$($sample:expr),+ $(,)?];)*) => {$(
+        $(#[$doc])*
+        pub(super) struct $name;
+
+        impl IntoResponses for $name {
+            fn responses() -> BTreeMap<String, RefOr<openapi::Response>> {
+                described([$($sample),+])
+            }
+        }
+    )*};
+}
+
+/// An agent for examples.
+const SOMEBODY: InstanceUid = InstanceUid::from_bytes([
+    1, 0x91, 0x9d, 0x4c, 0x8f, 0x2b, 0x7a, 0xa0, 0x9d, 0x3e, 0x5b, 0x1c, 0x2d, 0x3e, 0x4f, 0x50,
+]);
+
+problems! {
+    /// Of every route.
+    ForeignSite: [Foreign::Origin.into(), Foreign::Site.into(), Foreign::Host.into()];
+    /// Of every route that needs the token.
+    Guarded: [
+        Foreign::Origin.into(), Foreign::Site.into(), Foreign::Host.into(),
+        ApiError::TokenRequired, ApiError::InvalidToken,
+    ];
+    /// Of every route that needs the token and the store.
+    Refusals: [
+        Foreign::Origin.into(), Foreign::Site.into(), Foreign::Host.into(),
+        ApiError::TokenRequired, ApiError::InvalidToken, ApiError::StoreUnavailable, ApiError::Internal,
+    ];
+    /// Of every route with parameters, and for those that others do not have.
+    BadRequest: [ApiError::bad("limit", "must be 1 to 1000")];
+    /// Of every route about one agent.
+    UnknownAgent: [ApiError::NoSuchAgent(SOMEBODY)];
+    /// Of every route that changes something.
+    WrongBody: [ApiError::UnsupportedMediaType];
+    NotReconnectable: [ApiError::NotConnected(SOMEBODY), ApiError::NotWebsocket(SOMEBODY)];
+    AgentConnected: [ApiError::AgentConnected(SOMEBODY)];
+    MissingFilter: [ApiError::FilterMissing, ApiError::bad("healthy", "must be true or false")];
 }

@@ -1,14 +1,16 @@
-//! REST for operators: reads the store and knows nothing of sockets or sessions.
+//! REST for operators: reads the store, writes orders into it, and knows nothing of sockets or sessions.
 //!
 //! Routes are a resource a file; `access` says who may call, `error` is every problem that is
 //! answered, `page` the cursor of every list. What is documented in `/openapi.json` is generated
-//! from the handlers themselves.
+//! from the handlers themselves; `/docs` shows it to people.
 
 mod access;
 mod agents;
 mod connections;
 mod error;
 mod mask;
+mod nodes;
+mod orders;
 mod page;
 mod probes;
 
@@ -18,9 +20,13 @@ use std::sync::atomic::AtomicBool;
 use axum::http::{Method, Uri};
 use axum::routing::get;
 use axum::{Json, Router, middleware};
-use utoipa::OpenApi;
+use tokio::sync::Notify;
+use utoipa::openapi::security::{ApiKey, ApiKeyValue, Http, HttpAuthScheme, SecurityScheme};
+use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
+use utoipa_swagger_ui::{Config, SwaggerUi};
+use uuid::Uuid;
 
 use crate::clock::Clock;
 use crate::config::Secret;
@@ -39,8 +45,14 @@ pub struct ApiState {
     pub clock: Clock,
     /// What is counted.
     pub metrics: Arc<Metrics>,
+    /// This node.
+    pub node_id: Uuid,
+    /// Is told when an order was written.
+    pub ordered: Arc<Notify>,
     /// What operators show; none = everybody may call.
     pub token: Option<Secret>,
+    /// True where only requests for this machine by name are answered.
+    pub local: bool,
     /// What the server expects of agents.
     pub expected: Expectations,
     /// For how long an agent may be offline before it is stale.
@@ -59,7 +71,10 @@ impl std::fmt::Debug for ApiState {
 #[openapi(
     info(
         title = "opamp-server",
-        description = "Who is connected, who was, when and why it ended, and how sure we are.",
+        description = "Who is connected, who was, when and why it ended, and how sure we are.\n\n\
+            Times are RFC 3339 in UTC with milliseconds, uids are UUID text. Every failure is \
+            `application/problem+json` (RFC 9457) with a stable `type`; a wrong parameter is named. \
+            What is not here is answered 404, another method 405.",
         contact(name = "opamp-server"),
         license(name = "Apache-2.0", identifier = "Apache-2.0")
     ),
@@ -67,21 +82,45 @@ impl std::fmt::Debug for ApiState {
         (name = "agents", description = "Agents and their status"),
         (name = "connections", description = "The connection history"),
         (name = "probes", description = "Health, readiness and metrics of the server itself")
-    )
+    ),
+    components(schemas(error::Problem)),
+    modifiers(&Tokens),
+    security(("bearer" = []))
 )]
 struct Description;
+
+/// The ways to show the operators' token.
+struct Tokens;
+
+impl Modify for Tokens {
+    fn modify(&self, description: &mut utoipa::openapi::OpenApi) {
+        let components = description.components.get_or_insert_default();
+        let bearer = Http::builder()
+            .scheme(HttpAuthScheme::Bearer)
+            .description(Some("`operators.token`; needed where one is set"))
+            .build();
+        components.add_security_scheme("bearer", SecurityScheme::Http(bearer));
+        let header = ApiKeyValue::with_description("X-Service-Token", "The same token");
+        components.add_security_scheme("service_token", SecurityScheme::ApiKey(ApiKey::Header(header)));
+    }
+}
+
+/// Where the description of the API is.
+const DESCRIPTION: &str = "/openapi.json";
 
 /// The router of the operators' listener.
 pub fn router(state: ApiState) -> Router {
     let (guarded, mut description) = OpenApiRouter::with_openapi(Description::openapi())
-        .routes(routes!(agents::list))
+        .routes(routes!(agents::list, orders::delete_many))
         .routes(routes!(agents::list_online))
         .routes(routes!(agents::list_offline))
         .routes(routes!(agents::list_error))
         .routes(routes!(agents::list_stale))
         .routes(routes!(agents::summary))
-        .routes(routes!(agents::detail))
+        .routes(routes!(agents::detail, orders::delete))
         .routes(routes!(agents::status))
+        .routes(routes!(orders::reconnect))
+        .routes(routes!(nodes::list))
         .routes(routes!(connections::history))
         .routes(routes!(connections::status_history))
         .routes(routes!(probes::metrics))
@@ -93,12 +132,16 @@ pub fn router(state: ApiState) -> Router {
     description.merge(probes);
     env!("CARGO_PKG_VERSION").clone_into(&mut description.info.version);
     let description = Arc::new(description);
+    // The page asks no other host: a validator elsewhere is not told of this one.
+    let page = SwaggerUi::new("/docs").config(Config::from(DESCRIPTION).validator_url("none"));
     guarded
-        .route("/openapi.json", get(move || async move { Json(Arc::unwrap_or_clone(description)) }))
+        .merge(page)
+        .route(DESCRIPTION, get(move || async move { Json(Arc::unwrap_or_clone(description)) }))
         .fallback(not_found)
         .method_not_allowed_fallback(method_not_allowed)
         .layer(middleware::from_fn_with_state(state.clone(), access::require_token))
         .merge(open.method_not_allowed_fallback(method_not_allowed))
+        .layer(middleware::from_fn_with_state(state.clone(), access::screen))
         .with_state(state)
 }
 

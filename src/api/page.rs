@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use axum::extract::{FromRequestParts, Query};
 use axum::http::request::Parts;
+use utoipa::IntoParams;
 
 use super::error::ApiError;
 use crate::clock::Moment;
@@ -18,6 +19,18 @@ const DEFAULT_LIMIT: u32 = 100;
 
 /// How many items a page has at most.
 const MAX_LIMIT: u32 = 1_000;
+
+/// Which page.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "described here, read by `Params::page`")]
+pub(super) struct PageQuery {
+    /// Items per page
+    #[param(minimum = 1, maximum = 1000, default = 100, example = 100)]
+    limit: Option<u32>,
+    /// The `next_cursor` of the page before, as it is: what it holds may change
+    cursor: Option<String>,
+}
 
 /// The query parameters of a request that nobody has asked for yet.
 #[derive(Debug)]

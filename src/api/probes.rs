@@ -11,6 +11,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::ApiState;
+use super::error::{ForeignSite, Guarded};
 use crate::store::StoreError;
 
 /// How long the store may take for a probe or a scrape: who asks has little patience.
@@ -25,15 +26,21 @@ pub(super) struct Probe {
 }
 
 /// The process lives.
-#[utoipa::path(get, path = "/healthz", tag = "probes", responses((status = 200, description = "It lives", body = Probe)))]
+///
+/// Needs no token.
+#[utoipa::path(get, path = "/healthz", tag = "probes", security(()),
+    responses((status = 200, description = "It lives", body = Probe), ForeignSite))]
 pub(super) async fn healthz() -> Json<Probe> {
     Json(Probe { status: "ok".to_owned() })
 }
 
-/// The server can do its work: the store answers and its schema is complete.
-#[utoipa::path(get, path = "/readyz", tag = "probes", responses(
+/// The server can do its work.
+///
+/// The store answers, its schema is complete, and the server is not stopping. Needs no token.
+#[utoipa::path(get, path = "/readyz", tag = "probes", security(()), responses(
     (status = 200, description = "It is ready", body = Probe),
     (status = 503, description = "It is not, and why", body = Probe),
+    ForeignSite,
 ))]
 pub(super) async fn readyz(State(state): State<ApiState>) -> (StatusCode, Json<Probe>) {
     if state.stopping.load(Ordering::Relaxed) {
@@ -50,8 +57,11 @@ pub(super) async fn readyz(State(state): State<ApiState>) -> (StatusCode, Json<P
 }
 
 /// All metrics, in Prometheus' text format.
+///
+/// The gauges of the fleet are what the store knows, the same on every node; the rest is this process's own.
 #[utoipa::path(get, path = "/metrics", tag = "probes", responses(
     (status = 200, description = "Metrics", body = String, content_type = "text/plain"),
+    Guarded,
 ))]
 pub(super) async fn metrics(State(state): State<ApiState>) -> Response {
     let summary = tokio::time::timeout(PROBE, state.store.summarize_agents()).await;

@@ -62,7 +62,7 @@ const fn key(section: &'static str, name: &'static str, slot: fn(&mut Config) ->
 }
 
 /// All keys, section by section, in the order in which they are shown.
-pub(super) static ALL: [Key; 27] = [
+pub(super) static ALL: [Key; 28] = [
     key("agents", "listen", |c| Slot::Address(&mut c.agents.listen)),
     key("agents", "path", |c| Slot::Path(&mut c.agents.path)),
     Key {
@@ -81,6 +81,7 @@ pub(super) static ALL: [Key; 27] = [
     key("operators", "token", |c| Slot::Token(&mut c.operators.token)),
     key("operators", "allow_anonymous", |c| Slot::Switch(&mut c.operators.allow_anonymous)),
     Key { fallback: Some("DATABASE_URL"), ..key("store", "url", |c| Slot::Url(&mut c.store.url)) },
+    key("store", "listen_url", |c| Slot::Token(&mut c.store.listen_url)),
     key("store", "max_connections", |c| Slot::Pool(&mut c.store.max_connections, 1..=10_000)),
     key("store", "flush_interval", |c| Slot::Span(&mut c.store.flush_interval, SHORT)),
     key("heartbeat", "interval", |c| Slot::Span(&mut c.heartbeat.interval, SHORT)),

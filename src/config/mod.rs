@@ -90,6 +90,9 @@ pub struct Store {
     /// `sqlite://FILE` or `postgres://…`; a secret, since it may hold a password. Default
     /// `sqlite://opamp-server.db`. `DATABASE_URL` counts where it is not set.
     pub url: Secret,
+    /// A `postgres://…` URL at which orders are listened for where a pooler, which hears nothing, stands
+    /// before `url`; a secret. Default: none, `url` is used.
+    pub listen_url: Option<Secret>,
     /// Most connections to the database, 1 to 10,000. Default 16.
     pub max_connections: u32,
     /// How long signs of life are gathered before they are written together, 10 ms to a year. Default 5 s.
@@ -211,6 +214,7 @@ impl Default for Store {
     fn default() -> Self {
         Self {
             url: Secret::from("sqlite://opamp-server.db"),
+            listen_url: None,
             max_connections: 16,
             flush_interval: Duration::from_secs(5),
         }

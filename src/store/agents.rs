@@ -113,6 +113,8 @@ pub struct AgentDetail {
 /// Which agents; every condition given must hold.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AgentFilter {
+    /// This very one.
+    pub id: Option<InstanceUid>,
     /// With one of these; none = any but `retired`.
     pub statuses: Vec<Status>,
     /// With, or without, an open connection.
@@ -129,6 +131,16 @@ pub struct AgentFilter {
     pub unseen_since: Option<Moment>,
     /// Retired ones too.
     pub include_retired: bool,
+}
+
+impl AgentFilter {
+    /// True where it leaves out anybody but retired agents.
+    #[must_use]
+    pub fn narrows(&self) -> bool {
+        let widest = Self { include_retired: self.include_retired, ..Self::default() };
+        let prefix = self.prefix.clone().filter(|prefix| !prefix.is_empty());
+        Self { prefix, ..self.clone() } != widest
+    }
 }
 
 /// How many agents there are.
@@ -172,12 +184,16 @@ const ROW: &str = "a.id, a.name, a.host, a.status, a.status_since, a.offline_at,
     a.last_connected_at, a.last_disconnected_at, a.disconnect_reason, a.previous_id, a.retired_at, a.created_at,
     a.updated_at";
 
-const FROM: &str = " FROM agents a LEFT JOIN agent_liveness l ON l.agent_id = a.id
-    LEFT JOIN agent_connection_history c ON c.id = a.connection_id WHERE ";
+const LIVENESS: &str = " LEFT JOIN agent_liveness l ON l.agent_id = a.id";
+
+const CONNECTION: &str = " LEFT JOIN agent_connection_history c ON c.id = a.connection_id";
 
 const DETAIL: &str = ", a.capabilities, a.description, a.health, a.effective_config, a.remote_config_status,
     a.package_statuses, a.custom_capabilities, a.components_hash, a.connection_settings_status, l.sequence_num,
     (SELECT i.components FROM component_inventories i WHERE i.hash = a.components_hash) AS components";
+
+/// The query for the moment of the next pending verdict.
+pub(super) const NEXT_OVERDUE: &str = "SELECT min(offline_at) FROM agents WHERE offline_at IS NOT NULL";
 
 /// The most agents whose status one transaction changes.
 const VERDICTS_PER_COMMIT: i64 = 1_000;
@@ -193,7 +209,6 @@ where
     for<'r> Transition: FromRow<'r, D::Row>,
     for<'r> (i64, i64, i64, i64, i64, i64, i64): FromRow<'r, D::Row>,
     for<'r> (Uuid, Option<String>, Option<i64>): FromRow<'r, D::Row>,
-    for<'r> (String, Option<i64>, Moment): FromRow<'r, D::Row>,
     for<'r> (Option<Moment>,): FromRow<'r, D::Row>,
     usize: ColumnIndex<D::Row>,
     for<'q> String: Encode<'q, D> + Decode<'q, D> + Type<D>,
@@ -206,14 +221,27 @@ where
 {
     async fn get_agent(&self, agent: InstanceUid) -> Result<Option<AgentDetail>, StoreError> {
         let mut query = QueryBuilder::<D>::new("SELECT ");
-        query.push(ROW).push(DETAIL).push(FROM).push("a.id = ").push_bind(agent.as_uuid());
+        query
+            .push(ROW)
+            .push(DETAIL)
+            .push(" FROM agents a")
+            .push(LIVENESS)
+            .push(CONNECTION)
+            .push(" WHERE a.id = ")
+            .push_bind(agent.as_uuid());
         bounded(async { query.build_query_as().fetch_optional(&self.readers).await.map_err(failure::<D>) })
             .await
     }
 
     async fn get_agent_row(&self, agent: InstanceUid) -> Result<Option<AgentRow>, StoreError> {
         let mut query = QueryBuilder::<D>::new("SELECT ");
-        query.push(ROW).push(FROM).push("a.id = ").push_bind(agent.as_uuid());
+        query
+            .push(ROW)
+            .push(" FROM agents a")
+            .push(LIVENESS)
+            .push(CONNECTION)
+            .push(" WHERE a.id = ")
+            .push_bind(agent.as_uuid());
         bounded(async { query.build_query_as().fetch_optional(&self.readers).await.map_err(failure::<D>) })
             .await
     }
@@ -223,23 +251,23 @@ where
         filter: &AgentFilter,
         page: PageRequest<InstanceUid>,
     ) -> Result<Page<AgentRow>, StoreError> {
-        let mut count = QueryBuilder::<D>::new("SELECT count(*)");
-        count.push(FROM).push("true");
-        narrow(&mut count, filter);
-        let mut query = QueryBuilder::<D>::new("SELECT ");
-        query.push(ROW).push(FROM).push("true");
-        narrow(&mut query, filter);
-        if let Some(after) = page.after {
-            query.push(" AND a.id > ").push_bind(after.as_uuid());
-        }
-        query.push(" ORDER BY a.id LIMIT ").push_bind(i64::from(page.limit) + 1);
+        let mut count = QueryBuilder::<D>::new("");
+        count_agents(&mut count, filter);
         bounded(async {
             let total =
                 count.build_query_scalar::<i64>().fetch_one(&self.readers).await.map_err(failure::<D>)?;
-            let items = query.build_query_as().fetch_all(&self.readers).await.map_err(failure::<D>)?;
-            Ok(Page::cut(items, page.limit, total))
+            let further = PageRequest { limit: page.limit + 1, ..page };
+            Ok(Page::cut(self.agents_on(filter, further).await?, page.limit, total))
         })
         .await
+    }
+
+    async fn next_agents(
+        &self,
+        filter: &AgentFilter,
+        page: PageRequest<InstanceUid>,
+    ) -> Result<Vec<AgentRow>, StoreError> {
+        bounded(self.agents_on(filter, page)).await
     }
 
     async fn summarize_agents(&self) -> Result<AgentSummary, StoreError> {
@@ -262,47 +290,6 @@ where
         page: PageRequest<i64>,
     ) -> Result<Page<Transition>, StoreError> {
         bounded(self.transitions(agent, page)).await
-    }
-
-    async fn delete_agent(&self, agent: InstanceUid, at: Moment) -> Result<Option<StatusChange>, StoreError> {
-        let text = format!(
-            "SELECT a.status, a.connection_id, a.updated_at FROM agents a WHERE a.id = $1 {}",
-            D::LOCK_AGENTS
-        );
-        bounded(async {
-            let mut tx = self.begin().await?;
-            let found: Option<(String, Option<i64>, Moment)> = sqlx::query_as(sql(text))
-                .bind(agent.as_uuid())
-                .fetch_optional(&mut *tx)
-                .await
-                .map_err(failure::<D>)?;
-            let Some((status, None, updated_at)) = found else { return Ok(None) };
-            let at = at.max(updated_at);
-            let from = Status::try_from(status).map_err(StoreError::Corrupt)?;
-            if from == Status::Retired {
-                return Ok(None);
-            }
-            let change = StatusChange {
-                agent,
-                from: Some(from),
-                to: Status::Retired,
-                reason: "deleted".to_owned(),
-                connection_id: None,
-            };
-            sqlx::query(
-                "UPDATE agents SET status = 'retired', status_since = $2, retired_at = $2, offline_at = NULL,
-                     stale_from = NULL, updated_at = $2 WHERE id = $1",
-            )
-            .bind(agent.as_uuid())
-            .bind(at)
-            .execute(&mut *tx)
-            .await
-            .map_err(failure::<D>)?;
-            Self::write_log(&mut tx, vec![log_row(&change, at, None)]).await?;
-            tx.commit().await.map_err(failure::<D>)?;
-            Ok(Some(change))
-        })
-        .await
     }
 
     async fn update_last_seen(&self, sightings: &[Sighting]) -> Result<u64, StoreError> {
@@ -359,7 +346,7 @@ where
     }
 
     async fn next_overdue(&self) -> Result<Option<Moment>, StoreError> {
-        let query = sqlx::query_as("SELECT min(offline_at) FROM agents WHERE offline_at IS NOT NULL");
+        let query = sqlx::query_as(NEXT_OVERDUE);
         let (next,): (Option<Moment>,) =
             bounded(async { query.fetch_one(&self.readers).await.map_err(failure::<D>) }).await?;
         Ok(next)
@@ -421,6 +408,72 @@ where
         })
         .await
     }
+}
+
+impl<D> SqlStore<D>
+where
+    D: Dialect,
+    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
+    D::Arguments: IntoArguments<D>,
+    for<'r> AgentRow: FromRow<'r, D::Row>,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> bool: Encode<'q, D> + Type<D>,
+    for<'q> i64: Encode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    async fn agents_on(
+        &self,
+        filter: &AgentFilter,
+        page: PageRequest<InstanceUid>,
+    ) -> Result<Vec<AgentRow>, StoreError> {
+        let mut query = QueryBuilder::<D>::new("");
+        select_agents(&mut query, filter, page);
+        query.build_query_as().fetch_all(&self.readers).await.map_err(failure::<D>)
+    }
+}
+
+/// Adds the query for the number of agents that match.
+pub(super) fn count_agents<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter)
+where
+    D: Dialect,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> bool: Encode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query.push("SELECT count(*)");
+    from_matching(query, filter);
+}
+
+/// Adds the query for the next agents that match, by id.
+pub(super) fn select_agents<D>(
+    query: &mut QueryBuilder<D>,
+    filter: &AgentFilter,
+    page: PageRequest<InstanceUid>,
+) where
+    D: Dialect,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> bool: Encode<'q, D> + Type<D>,
+    for<'q> i64: Encode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query
+        .push("SELECT ")
+        .push(ROW)
+        .push(" FROM agents a")
+        .push(LIVENESS)
+        .push(CONNECTION)
+        .push(" WHERE true");
+    narrow(query, filter);
+    if let Some(after) = page.after {
+        query.push(" AND a.id > ").push_bind(after.as_uuid());
+    }
+    query.push(" ORDER BY a.id LIMIT ").push_bind(i64::from(page.limit));
 }
 
 /// How many rows a statement changed.
@@ -499,6 +552,27 @@ where
     }
 }
 
+/// Adds the agents that match, joined with nothing but what `filter` looks at.
+pub(super) fn from_matching<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter)
+where
+    D: Dialect,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> bool: Encode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query.push(" FROM agents a");
+    if filter.unseen_since.is_some() {
+        query.push(LIVENESS);
+    }
+    if filter.transport.is_some() {
+        query.push(CONNECTION);
+    }
+    query.push(" WHERE true");
+    narrow(query, filter);
+}
+
 /// Adds the conditions of `filter`.
 fn narrow<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter)
 where
@@ -509,6 +583,9 @@ where
     for<'q> Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
+    if let Some(id) = filter.id {
+        query.push(" AND a.id = ").push_bind(id.as_uuid());
+    }
     if !filter.statuses.is_empty() {
         let mut list = query.push(" AND a.status IN (").separated(", ");
         for status in &filter.statuses {
@@ -516,7 +593,7 @@ where
         }
         query.push(")");
     } else if !filter.include_retired {
-        query.push(" AND a.status <> 'retired'");
+        query.push(" AND a.status IN ('online', 'offline', 'error')");
     }
     if let Some(connected) = filter.connected {
         query.push(if connected {
@@ -529,7 +606,7 @@ where
         query.push(" AND a.healthy = ").push_bind(healthy);
     }
     if let Some(transport) = filter.transport {
-        query.push(" AND c.transport = ").push_bind(transport.label());
+        query.push(" AND a.connection_id IS NOT NULL AND c.transport = ").push_bind(transport.label());
     }
     for (key, value) in &filter.attributes {
         query
@@ -555,10 +632,9 @@ where
     // No character sorts behind the last code point, so that the range holds every text with this prefix.
     // The database folds the case of both sides, each in its own way.
     let high = format!("{prefix}\u{10ffff}");
-    query.push(" AND (false");
-    for column in ["name", "host"] {
+    for (opening, column) in [(" AND (", "name"), (" OR ", "host")] {
         let column = D::sorted_by_bytes(&format!("lower(a.{column})"));
-        query.push(format!(" OR ({column} >= lower(")).push_bind(prefix.to_owned());
+        query.push(format!("{opening}({column} >= lower(")).push_bind(prefix.to_owned());
         query.push(format!(") AND {column} <= lower(")).push_bind(high.clone()).push("))");
     }
     if let Some((low, high)) = uid_range(&prefix.to_ascii_lowercase()) {

@@ -109,18 +109,12 @@ where
         filter: HistoryFilter,
         page: PageRequest<i64>,
     ) -> Result<Page<ConnectionRow>, StoreError> {
-        let mut count =
-            QueryBuilder::new("SELECT count(*) FROM agent_connection_history c WHERE c.agent_id = ");
-        count.push_bind(agent.as_uuid());
-        narrow(&mut count, filter);
+        let mut count = QueryBuilder::new("");
+        count_connections(&mut count, agent, filter);
         let total: i64 = count.build_query_scalar().fetch_one(&self.readers).await.map_err(failure::<D>)?;
-        let mut query = QueryBuilder::new(COLUMNS);
-        query.push_bind(agent.as_uuid());
-        narrow(&mut query, filter);
-        if let Some(after) = page.after {
-            query.push(" AND c.id < ").push_bind(after);
-        }
-        query.push(" ORDER BY c.id DESC LIMIT ").push_bind(i64::from(page.limit) + 1);
+        let mut query = QueryBuilder::new("");
+        let further = PageRequest { limit: page.limit + 1, ..page };
+        select_connections(&mut query, agent, filter, further);
         let items = query.build_query_as().fetch_all(&self.readers).await.map_err(failure::<D>)?;
         Ok(Page::cut(items, page.limit, total))
     }
@@ -135,6 +129,39 @@ where
         .await
         .map_err(failure::<D>)
     }
+}
+
+/// Adds the query for the number of an agent's connections.
+pub(super) fn count_connections<D>(query: &mut QueryBuilder<D>, agent: InstanceUid, filter: HistoryFilter)
+where
+    D: Dialect,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query
+        .push("SELECT count(*) FROM agent_connection_history c WHERE c.agent_id = ")
+        .push_bind(agent.as_uuid());
+    narrow(query, filter);
+}
+
+/// Adds the query for the next of an agent's connections, newest first.
+pub(super) fn select_connections<D>(
+    query: &mut QueryBuilder<D>,
+    agent: InstanceUid,
+    filter: HistoryFilter,
+    page: PageRequest<i64>,
+) where
+    D: Dialect,
+    for<'q> i64: Encode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query.push(COLUMNS).push_bind(agent.as_uuid());
+    narrow(query, filter);
+    if let Some(after) = page.after {
+        query.push(" AND c.id < ").push_bind(after);
+    }
+    query.push(" ORDER BY c.id DESC LIMIT ").push_bind(i64::from(page.limit));
 }
 
 /// Adds the conditions of `filter`.

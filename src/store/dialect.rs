@@ -38,6 +38,8 @@ pub(super) trait Dialect: Database {
     /// The smaller and the larger of two values.
     const LEAST: &'static str;
     const GREATEST: &'static str;
+    /// Tells every node at commit that orders were written; none where there is one node only.
+    const ANNOUNCE: Option<&'static str>;
     /// True where all nodes on one database share one lock, so that whoever holds it is alone.
     const SINGLE_NODE: bool;
     /// Up and down script of each migration, by number from 1.
@@ -84,6 +86,7 @@ impl Dialect for Postgres {
     const NOW: Option<&'static str> = Some("SELECT clock_timestamp()");
     const LEAST: &'static str = "least";
     const GREATEST: &'static str = "greatest";
+    const ANNOUNCE: Option<&'static str> = Some("SELECT pg_notify('opamp_orders', '')");
     const SINGLE_NODE: bool = false;
     const MIGRATIONS: &'static [(&'static str, &'static str)] = &[(
         include_str!("../../migrations/postgres/0001_fleet.up.sql"),
@@ -141,6 +144,7 @@ impl Dialect for Sqlite {
     const NOW: Option<&'static str> = None;
     const LEAST: &'static str = "min";
     const GREATEST: &'static str = "max";
+    const ANNOUNCE: Option<&'static str> = None;
     const SINGLE_NODE: bool = true;
     const MIGRATIONS: &'static [(&'static str, &'static str)] = &[(
         include_str!("../../migrations/sqlite/0001_fleet.up.sql"),

@@ -5,8 +5,9 @@
 //! for a connection carries its id, the **fence**: it changes nothing once a newer one took over.
 //!
 //! Where operators look for: create and update a connection, upsert an agent → [`Write`]; the active
-//! connection and the history → [`ConnectionStore`]; get, list (online, offline, stale), delete and
-//! retire agents, last seen, overdue status → [`AgentStore`]; what a restart restores → [`NodeStore`].
+//! connection and the history → [`ConnectionStore`]; get, list (online, offline, stale) and retire
+//! agents, last seen, overdue status → [`AgentStore`]; close a connection, delete agents →
+//! [`OrderStore`]; what a restart restores → [`NodeStore`].
 
 mod agents;
 mod connections;
@@ -14,6 +15,9 @@ mod dialect;
 mod migrations;
 mod moment;
 mod nodes;
+mod orders;
+#[cfg(test)]
+mod plans;
 mod postgres;
 mod retention;
 mod sqlite;
@@ -32,6 +36,7 @@ pub use agents::{AgentDetail, AgentFilter, AgentRow, AgentSummary, Sighting};
 pub use connections::{ConnectionRow, HistoryFilter, PolledConnection};
 pub use migrations::{MigrationState, Migrations};
 pub use nodes::{NewNode, NodeStart};
+pub use orders::{CloseOrder, Deleted, Deletion, Reconnect};
 pub use retention::Forgotten;
 pub use status_log::Transition;
 pub use write::{AgentUpdate, ConnectionEnd, Displaced, Ended, NewConnection, Opened, Write, Written};
@@ -165,6 +170,20 @@ pub struct StatusChange {
     pub connection_id: Option<i64>,
 }
 
+impl StatusChange {
+    /// Logs it, once it is on record.
+    pub fn log(&self) {
+        tracing::info!(
+            agent_id = %self.agent,
+            from = self.from.map_or("unknown", |status| status.label()),
+            to = self.to.label(),
+            reason = self.reason,
+            connection_id = self.connection_id,
+            "agent status updated"
+        );
+    }
+}
+
 /// Which page of a list: at most `limit` items that follow `after`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PageRequest<K> {
@@ -201,6 +220,13 @@ pub trait AgentStore: Send + Sync {
         page: PageRequest<InstanceUid>,
     ) -> Result<Page<AgentRow>, StoreError>;
 
+    /// The next agents that match `filter`, by id, and nothing else: for who reads all of them.
+    async fn next_agents(
+        &self,
+        filter: &AgentFilter,
+        page: PageRequest<InstanceUid>,
+    ) -> Result<Vec<AgentRow>, StoreError>;
+
     /// How many agents have which status and health.
     async fn summarize_agents(&self) -> Result<AgentSummary, StoreError>;
 
@@ -210,9 +236,6 @@ pub trait AgentStore: Send + Sync {
         agent: InstanceUid,
         page: PageRequest<i64>,
     ) -> Result<Page<Transition>, StoreError>;
-
-    /// Retires an agent: it is hidden, its history stays. Does nothing to a connected one.
-    async fn delete_agent(&self, agent: InstanceUid, at: Moment) -> Result<Option<StatusChange>, StoreError>;
 
     /// Updates when agents were last seen, and their numbers, in one statement; answers how many rows changed.
     ///
@@ -267,6 +290,29 @@ pub trait ConnectionStore: Send + Sync {
     async fn list_polled_connections(&self) -> Result<Vec<PolledConnection>, StoreError>;
 }
 
+/// What operators order of agents and their connections.
+#[async_trait]
+pub trait OrderStore: Send + Sync {
+    /// Orders that the open connection of an agent ends as `reconnect_requested`; none where the agent is unknown.
+    async fn order_reconnect(&self, agent: InstanceUid) -> Result<Option<Reconnect>, StoreError>;
+
+    /// Deletes the next batch of agents that match, by id: they are hidden, their history stays.
+    ///
+    /// Connected ones are left alone, unless it is forced: then a connection that a node holds is
+    /// ordered to end, one that nobody holds (plain HTTP) is ended here, both as `deleted`.
+    async fn delete_agents(
+        &self,
+        deletion: &Deletion,
+        after: Option<InstanceUid>,
+    ) -> Result<Deleted, StoreError>;
+
+    /// The connections held by this node that are to end.
+    async fn list_close_orders(&self, node: Uuid) -> Result<Vec<CloseOrder>, StoreError>;
+
+    /// Those of these connections whose end is on record.
+    async fn list_ended_connections(&self, connections: &[i64]) -> Result<Vec<i64>, StoreError>;
+}
+
 /// The nodes that watch the fleet.
 #[async_trait]
 pub trait NodeStore: Send + Sync {
@@ -305,9 +351,15 @@ pub trait RetentionStore: Send + Sync {
 
 /// One database that keeps all of it.
 #[async_trait]
-pub trait Store: AgentStore + ConnectionStore + NodeStore + RetentionStore {
+pub trait Store: AgentStore + ConnectionStore + OrderStore + NodeStore + RetentionStore {
     /// True where the database answers and its schema is complete; the error says what is wrong.
     async fn check(&self) -> Result<(), StoreError>;
+
+    /// Calls `heard` once it listens and then whenever any node wrote an order; returns why it hears nothing more.
+    ///
+    /// `url` is where to listen, if not at the store's own: a pooler hears nothing. Where no other
+    /// process can write orders, nothing more is ever heard.
+    async fn hear_orders(&self, url: Option<&str>, heard: &(dyn Fn() + Send + Sync)) -> StoreError;
 
     /// Closes all connections to the database.
     async fn close(&self);

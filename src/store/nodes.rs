@@ -7,7 +7,8 @@ use sqlx::{ColumnIndex, Connection, Decode, Encode, Executor, FromRow, IntoArgum
 use uuid::Uuid;
 
 use super::dialect::{Dialect, LockPlace, NameLock, SqlStore, bounded, failure, sql};
-use super::{NodeStore, StoreError};
+use super::status_log::log_row;
+use super::{NodeStore, Status, StatusChange, StoreError};
 use crate::clock::{Moment, micros};
 use crate::close::CloseReason;
 
@@ -49,6 +50,7 @@ where
     D::Arguments: IntoArguments<D>,
     for<'r> (Uuid,): FromRow<'r, D::Row>,
     for<'r> (Option<Moment>,): FromRow<'r, D::Row>,
+    for<'r> (Uuid, String, i64): FromRow<'r, D::Row>,
     for<'r> (Moment,): FromRow<'r, D::Row>,
     usize: ColumnIndex<D::Row>,
     for<'q> &'q str: Encode<'q, D> + Type<D>,
@@ -189,6 +191,7 @@ where
     D::Arguments: IntoArguments<D>,
     for<'r> (Uuid,): FromRow<'r, D::Row>,
     for<'r> (Option<Moment>,): FromRow<'r, D::Row>,
+    for<'r> (Uuid, String, i64): FromRow<'r, D::Row>,
     for<'q> &'q str: Encode<'q, D> + Type<D>,
     for<'q> String: Encode<'q, D> + Type<D>,
     for<'q> i64: Encode<'q, D> + Type<D>,
@@ -235,6 +238,7 @@ where
         let unwatched = watched_until.filter(|_| alone).map(|until| node.at.since(until));
         Self::lock_agents_of_lost(&mut tx, node, alone).await?;
         let lost_connections = Self::end_lost_connections(&mut tx, node, alone).await?;
+        Self::retire_deleted(&mut tx, node).await?;
         Self::rename_displaced(&mut tx, node).await?;
         if let Some(unwatched) = unwatched {
             Self::move_verdicts(&mut tx, node.at, node.return_time).await?;
@@ -284,7 +288,7 @@ where
              WHERE l.agent_id = c.agent_id), c.connected_at)))"
         );
         let lost = lost::<D>(alone);
-        let reason = CloseReason::ServerLost.label();
+        let (reason, deleted) = (CloseReason::ServerLost.label(), CloseReason::Deleted.label());
         let text = format!(
             "UPDATE agent_connection_history AS c SET disconnected_at = {proof},
                  disconnected_by = {greatest}($1, {proof}), duration_seconds = {},
@@ -300,6 +304,8 @@ where
             .map_err(failure::<D>)?;
         let text = format!(
             "UPDATE agents SET connection_id = NULL, disconnect_reason = '{reason}',
+                 close_connection = CASE WHEN close_reason = '{deleted}' THEN close_connection END,
+                 close_reason = CASE WHEN close_reason = '{deleted}' THEN close_reason END,
                  last_disconnected_at = (SELECT c.disconnected_at FROM agent_connection_history c
                                          WHERE c.id = agents.connection_id),
                  offline_at = CASE WHEN status = 'online' THEN {} END, updated_at = {greatest}(updated_at, $1)
@@ -314,6 +320,33 @@ where
             .await
             .map_err(failure::<D>)?;
         Ok(ended.affected())
+    }
+
+    /// A node that was lost before it closed the connection of a deleted agent closed it by being lost.
+    async fn retire_deleted(tx: &mut Transaction<'_, D>, node: &NewNode) -> Result<(), StoreError> {
+        let orphans = format!(
+            "close_connection IS NOT NULL AND close_reason = '{}' AND connection_id IS NULL",
+            CloseReason::Deleted.label()
+        );
+        let text = format!("SELECT id, status, close_connection FROM agents WHERE {orphans} ORDER BY id");
+        let deleted: Vec<(Uuid, String, i64)> =
+            sqlx::query_as(sql(text)).fetch_all(&mut **tx).await.map_err(failure::<D>)?;
+        let text = format!(
+            "UPDATE agents SET status = 'retired', status_since = $1, retired_at = $1, offline_at = NULL,
+                 stale_from = NULL, close_connection = NULL, close_reason = NULL WHERE {orphans}"
+        );
+        sqlx::query(sql(text)).bind(node.at).execute(&mut **tx).await.map_err(failure::<D>)?;
+        let log = deleted.into_iter().map(|(id, status, connection_id)| {
+            let change = StatusChange {
+                agent: id.into(),
+                from: Status::from_label(&status),
+                to: Status::Retired,
+                reason: CloseReason::Deleted.label().to_owned(),
+                connection_id: Some(connection_id),
+            };
+            log_row(&change, node.at, Some(node.id))
+        });
+        Self::write_log(tx, log.collect()).await
     }
 
     /// Rows displaced since the last renewal of a node that this start ended: its agents fled from it.

@@ -1,9 +1,10 @@
 //! Postgres: the pool, and how its sessions are set up.
 
+use std::convert::Infallible;
 use std::str::FromStr;
 
 use async_trait::async_trait;
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions};
+use sqlx::postgres::{PgConnectOptions, PgListener, PgPoolOptions};
 use sqlx::{ConnectOptions, Connection, PgConnection, Postgres};
 
 use super::dialect::{LockPlace, SqlStore, bounded, failure};
@@ -18,6 +19,42 @@ pub(super) async fn open(
     let store = connect(url, max_connections).await?;
     store.prepare(migrate).await?;
     Ok(store)
+}
+
+/// The channel on which orders are announced.
+const ORDERS: &str = "opamp_orders";
+
+impl SqlStore<Postgres> {
+    /// Listens until the connection is lost.
+    async fn listen(
+        &self,
+        url: Option<&str>,
+        heard: &(dyn Fn() + Send + Sync),
+    ) -> Result<Infallible, StoreError> {
+        let options = match (url, &self.lock_place) {
+            (Some(url), _) => PgConnectOptions::from_str(url).map_err(|error| {
+                StoreError::Schema(format!("store.listen_url is not a valid postgres:// URL: {error}"))
+            })?,
+            (None, LockPlace::Session(options)) => options.as_ref().clone(),
+            (None, LockPlace::File(_) | LockPlace::Nowhere) => {
+                return Err(StoreError::Schema("this store has no server to listen at".to_owned()));
+            }
+        };
+        let connecting = async {
+            let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(CALL_DEADLINE);
+            let pool = pool.connect_with(options).await.map_err(failure::<Postgres>)?;
+            let mut listener = PgListener::connect_with(&pool).await.map_err(failure::<Postgres>)?;
+            listener.eager_reconnect(false);
+            listener.listen(ORDERS).await.map_err(failure::<Postgres>)?;
+            Ok(listener)
+        };
+        let mut listener = bounded(connecting).await?;
+        heard();
+        while listener.try_recv().await.map_err(failure::<Postgres>)?.is_some() {
+            heard();
+        }
+        Err(StoreError::Unavailable("the connection that listens was lost".to_owned()))
+    }
 }
 
 /// Connects without touching the schema.
@@ -88,6 +125,13 @@ fn known_parameters(url: &str) -> Result<(), StoreError> {
 impl Store for SqlStore<Postgres> {
     async fn check(&self) -> Result<(), StoreError> {
         bounded(self.check_schema()).await
+    }
+
+    async fn hear_orders(&self, url: Option<&str>, heard: &(dyn Fn() + Send + Sync)) -> StoreError {
+        match self.listen(url, heard).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        }
     }
 
     async fn close(&self) {

@@ -88,19 +88,39 @@ where
         agent: InstanceUid,
         page: PageRequest<i64>,
     ) -> Result<Page<Transition>, StoreError> {
-        let mut count = QueryBuilder::new("SELECT count(*) FROM agent_status_log WHERE agent_id = ");
-        count.push_bind(agent.as_uuid());
+        let mut count = QueryBuilder::new("");
+        count_transitions(&mut count, agent);
         let total: i64 = count.build_query_scalar().fetch_one(&self.readers).await.map_err(failure::<D>)?;
-        let mut query = QueryBuilder::new(
-            "SELECT id, at, from_status AS \"from\", to_status AS \"to\", reason, connection_id, node_id
-             FROM agent_status_log WHERE agent_id = ",
-        );
-        query.push_bind(agent.as_uuid());
-        if let Some(after) = page.after {
-            query.push(" AND id < ").push_bind(after);
-        }
-        query.push(" ORDER BY id DESC LIMIT ").push_bind(i64::from(page.limit) + 1);
+        let mut query = QueryBuilder::new("");
+        select_transitions(&mut query, agent, PageRequest { limit: page.limit + 1, ..page });
         let items = query.build_query_as().fetch_all(&self.readers).await.map_err(failure::<D>)?;
         Ok(Page::cut(items, page.limit, total))
     }
+}
+
+/// Adds the query for the number of changes of an agent's status.
+pub(super) fn count_transitions<D>(query: &mut QueryBuilder<D>, agent: InstanceUid)
+where
+    D: Dialect,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+{
+    query.push("SELECT count(*) FROM agent_status_log WHERE agent_id = ").push_bind(agent.as_uuid());
+}
+
+/// Adds the query for the next changes of an agent's status, newest first.
+pub(super) fn select_transitions<D>(query: &mut QueryBuilder<D>, agent: InstanceUid, page: PageRequest<i64>)
+where
+    D: Dialect,
+    for<'q> i64: Encode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+{
+    query.push(
+        "SELECT id, at, from_status AS \"from\", to_status AS \"to\", reason, connection_id, node_id
+         FROM agent_status_log WHERE agent_id = ",
+    );
+    query.push_bind(agent.as_uuid());
+    if let Some(after) = page.after {
+        query.push(" AND id < ").push_bind(after);
+    }
+    query.push(" ORDER BY id DESC LIMIT ").push_bind(i64::from(page.limit));
 }

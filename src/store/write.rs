@@ -177,16 +177,18 @@ pub enum Written {
 #[expect(clippy::struct_excessive_bools, reason = "which parts are stored, a column each")]
 pub(super) struct LockedAgent {
     #[sqlx(try_from = "Uuid")]
-    id: InstanceUid,
+    pub(super) id: InstanceUid,
     #[sqlx(try_from = "String")]
-    status: Status,
+    pub(super) status: Status,
     connection_id: Option<i64>,
     capabilities: i64,
-    sequence_num: Option<i64>,
-    last_seen_at: Option<Moment>,
+    pub(super) sequence_num: Option<i64>,
+    pub(super) last_seen_at: Option<Moment>,
     poll_silence_ms: Option<i64>,
     last_connected_at: Option<Moment>,
-    updated_at: Moment,
+    pub(super) updated_at: Moment,
+    /// An operator deleted it; its open connection is to end.
+    delete_ordered: bool,
     has_description: bool,
     has_health: bool,
     has_effective_config: bool,
@@ -225,16 +227,16 @@ impl LockedAgent {
 /// An open row of the history.
 #[derive(Clone, Copy, Debug, FromRow)]
 pub(super) struct OpenRow {
-    id: i64,
+    pub(super) id: i64,
     #[sqlx(try_from = "Uuid")]
-    agent_id: InstanceUid,
-    connected_at: Moment,
+    pub(super) agent_id: InstanceUid,
+    pub(super) connected_at: Moment,
     #[sqlx(try_from = "String")]
-    transport: Transport,
+    pub(super) transport: Transport,
     node_id: Option<Uuid>,
     node_seq: i64,
     created_at: Moment,
-    node_gone: bool,
+    pub(super) node_gone: bool,
 }
 
 impl OpenRow {
@@ -432,7 +434,9 @@ where
         }
         let mut tx = self.begin().await?;
         Self::insert_agents(&mut tx, &news).await?;
-        let mut agents = Self::lock_agents(&mut tx, writes).await?;
+        let ids: Vec<InstanceUid> = writes.iter().map(Write::agent).collect();
+        Self::lock_agents(&mut tx, &ids).await?;
+        let mut agents = Self::read_agents(&mut tx, &ids).await?;
         let stored = Self::update_agents(&mut tx, &updates).await?;
         let mut ended = Self::update_connections(&mut tx, &ends, &mut agents).await?;
         let mut opened = Self::create_connections(&mut tx, &news, &agents).await?;
@@ -463,23 +467,30 @@ where
     }
 
     /// Locks the rows of all agents of the batch, sorted by uid, so that two batches cannot wait for each other in a circle.
-    async fn lock_agents(
+    async fn lock_agents(tx: &mut Transaction<'_, D>, agents: &[InstanceUid]) -> Result<(), StoreError> {
+        if D::LOCK_AGENTS.is_empty() {
+            return Ok(());
+        }
+        // A statement of its own: the next one sees what was committed while this one waited.
+        let text = format!(
+            "SELECT a.id FROM agents a WHERE a.id IN (SELECT r.id FROM {} r) ORDER BY a.id {}",
+            rows::<D>(&[("id", Column::Uuid)]),
+            D::LOCK_AGENTS
+        );
+        Self::execute(tx, text, agents.iter().map(|agent| json!([agent])).collect()).await
+    }
+
+    /// The rows of agents that are locked.
+    pub(super) async fn read_agents(
         tx: &mut Transaction<'_, D>,
-        writes: &[Write],
+        agents: &[InstanceUid],
     ) -> Result<HashMap<InstanceUid, LockedAgent>, StoreError> {
         let rows = rows::<D>(&[("id", Column::Uuid)]);
-        let values: Vec<Value> = writes.iter().map(|write| json!([write.agent()])).collect();
-        if !D::LOCK_AGENTS.is_empty() {
-            // A statement of its own: the next one sees what was committed while this one waited.
-            let text = format!(
-                "SELECT a.id FROM agents a WHERE a.id IN (SELECT r.id FROM {rows} r) ORDER BY a.id {}",
-                D::LOCK_AGENTS
-            );
-            Self::execute(tx, text, values.clone()).await?;
-        }
+        let values = agents.iter().map(|agent| json!([agent])).collect();
         let text = format!(
             "SELECT a.id, a.status, a.connection_id, a.capabilities, l.sequence_num, l.last_seen_at, l.poll_silence_ms,
                     a.last_connected_at, a.updated_at,
+                    coalesce(a.close_connection = a.connection_id AND a.close_reason = 'deleted', false) AS delete_ordered,
                     a.description IS NOT NULL AS has_description,
                     a.health IS NOT NULL AS has_health,
                     a.effective_config IS NOT NULL AS has_effective_config,
@@ -595,7 +606,7 @@ where
     }
 
     /// The open rows among these connections or of these agents.
-    async fn open_rows(
+    pub(super) async fn open_rows(
         tx: &mut Transaction<'_, D>,
         by: &str,
         keys: Vec<Value>,
@@ -611,7 +622,7 @@ where
     }
 
     /// Ends connections; an end whose row was ended before changes nothing.
-    async fn update_connections(
+    pub(super) async fn update_connections(
         tx: &mut Transaction<'_, D>,
         ends: &[&ConnectionEnd],
         agents: &mut HashMap<InstanceUid, LockedAgent>,
@@ -655,7 +666,7 @@ where
             ("offline_at", Column::Moment),
         ];
         let text = format!(
-            "UPDATE agents AS a SET connection_id = NULL, status = r.status,
+            "UPDATE agents AS a SET connection_id = NULL, close_connection = NULL, close_reason = NULL, status = r.status,
                  status_since = CASE WHEN r.changed THEN r.known_at ELSE a.status_since END,
                  stale_from = CASE WHEN r.status = 'offline' THEN r.known_at ELSE NULL END,
                  retired_at = CASE WHEN r.status = 'retired' THEN r.known_at ELSE NULL END,
@@ -800,6 +811,8 @@ where
         ];
         let text = format!(
             "UPDATE agents AS a SET connection_id = r.connection_id, status = 'online',
+                 close_connection = CASE WHEN a.close_connection = r.connection_id THEN a.close_connection END,
+                 close_reason = CASE WHEN a.close_connection = r.connection_id THEN a.close_reason END,
                  status_since = CASE WHEN r.changed THEN r.at ELSE a.status_since END,
                  offline_at = NULL, stale_from = NULL, retired_at = NULL,
                  last_connected_at = coalesce(r.connected_at, a.last_connected_at),
@@ -855,7 +868,9 @@ fn end_of_stay(
     if agent.connection_id != Some(end.connection_id) {
         return None;
     }
-    let to = if end.reason == CloseReason::UidReassigned {
+    // A delete that was ordered holds, whatever ended the connection first.
+    let retires = matches!(end.reason, CloseReason::UidReassigned | CloseReason::Deleted);
+    let to = if retires || agent.delete_ordered {
         Status::Retired
     } else if end.reason.cause() == Cause::Agent {
         Status::Offline
@@ -866,7 +881,7 @@ fn end_of_stay(
         agent: end.agent,
         from: Some(agent.status),
         to,
-        reason: end.reason.label().to_owned(),
+        reason: if agent.delete_ordered { CloseReason::Deleted } else { end.reason }.label().to_owned(),
         connection_id: Some(end.connection_id),
     });
     let at = decided.known_at();
@@ -884,6 +899,7 @@ fn end_of_stay(
     ]));
     agent.status = to;
     agent.connection_id = None;
+    agent.delete_ordered = false;
     agent.updated_at = agent.updated_at.max(at);
     agent.last_seen_at = agent.last_seen_at.max(Some(end.last_seen_at));
     agent.sequence_num = stored_number(end.sequence_num);

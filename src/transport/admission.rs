@@ -19,6 +19,7 @@ use crate::clock::{Clock, Tick};
 use crate::config::Secret;
 use crate::metrics::Refused;
 use crate::pulse::Link;
+use crate::site::{self, Foreign};
 
 /// Seconds after which a refused agent may come back: spread, so that they do not come at once.
 const COME_BACK: std::ops::RangeInclusive<u32> = 30..=60;
@@ -29,6 +30,8 @@ const DOORWAY: usize = 64;
 /// Why a request is not admitted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Denied {
+    /// A browser sent it for a page of somebody else.
+    Foreign(Foreign),
     /// It shows no token.
     TokenRequired,
     /// It shows a wrong one.
@@ -47,6 +50,9 @@ impl Denied {
     /// What the refusal is counted as.
     pub(super) fn cause(self) -> Refused {
         match self {
+            Self::Foreign(Foreign::Origin) => Refused::ForeignOrigin,
+            Self::Foreign(Foreign::Site) => Refused::CrossSite,
+            Self::Foreign(Foreign::Host) => Refused::ForeignHost,
             Self::TokenRequired | Self::InvalidToken => Refused::Unauthorized,
             Self::Closed => Refused::Draining,
             Self::Full => Refused::Connections,
@@ -58,6 +64,7 @@ impl Denied {
     /// What the peer is answered.
     pub(super) fn answer(self) -> Answer {
         match self {
+            Self::Foreign(foreign) => text(StatusCode::FORBIDDEN, &format!("{foreign}\n")),
             Self::TokenRequired => {
                 unauthorized("agent_token_required", "show the agents' token: Authorization: Bearer <token>")
             }
@@ -76,6 +83,8 @@ pub struct Limits {
     pub path: String,
     /// What agents show; none = everybody may connect.
     pub token: Option<Secret>,
+    /// True where only requests for this machine by name are answered.
+    pub local: bool,
     /// The most sockets open at once, whatever they speak.
     pub max_connections: usize,
     /// The most newcomers let in per second.
@@ -212,6 +221,12 @@ impl Admission {
         Ok(Place { admission: Arc::clone(admission), number })
     }
 
+    /// Refuses what a browser sends for a page of somebody else.
+    pub(super) fn screen(&self, headers: &HeaderMap) -> Result<(), Denied> {
+        let find = |name: &str| headers.get(name).map(HeaderValue::as_bytes);
+        site::check(find, self.limits.local).map_err(Denied::Foreign)
+    }
+
     /// Refuses a request without the token, in constant time (S-022, S-023).
     pub(super) fn authorize(&self, headers: &HeaderMap) -> Result<(), Denied> {
         let Some(token) = &self.limits.token else { return Ok(()) };
@@ -252,6 +267,7 @@ mod tests {
         Arc::new(Admission::new(Limits {
             path: "/v1/opamp".to_owned(),
             token: Some(Secret::from("123456".to_owned())),
+            local: false,
             max_connections,
             max_connects_per_second: 1,
             max_inflight: 1,

@@ -1,6 +1,6 @@
 //! The agents' listener: one URL, two transports. How bytes come and go; knows no SQL.
 //!
-//! [`Listener`] accepts sockets and dispatches each request: path, then token, then by media type to
+//! [`Listener`] accepts sockets and dispatches each request: path, then site, then token, then by media type to
 //! `polling` or to a WebSocket upgrade and its `websocket` task. Everything that can be refused
 //! is refused here, before the upgrade.
 
@@ -138,7 +138,7 @@ impl Context {
         self.services.metrics.count_bytes(link.harvest());
     }
 
-    /// Answers one request: path, token, then by media type.
+    /// Answers one request: path, site, token, then by media type.
     async fn answer(
         self: Arc<Self>,
         request: Request<Incoming>,
@@ -152,7 +152,11 @@ impl Context {
                 &format!("agents connect at {}\n", self.admission.limits().path),
             );
         }
-        let admitted = self.admission.authorize(request.headers()).and_then(|()| self.admission.admit());
+        let (headers, admission) = (request.headers(), &self.admission);
+        let admitted = admission
+            .screen(headers)
+            .and_then(|()| admission.authorize(headers))
+            .and_then(|()| admission.admit());
         if let Err(denied) = admitted {
             return self.deny(denied);
         }

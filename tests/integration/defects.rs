@@ -3,14 +3,12 @@
 use std::time::Duration;
 
 use futures_util::future::join_all;
-use opamp_server::agent::InstanceUid;
-use opamp_server::clock::Moment;
 use prost::Message as _;
 use serde_json::json;
 
 use crate::harness::Database;
 use crate::harness::agent::{Agent, Poller, Socket, assert_acknowledged};
-use crate::harness::server::{Ports, Process, TestServer, eventually, moment};
+use crate::harness::server::{Process, TestServer, eventually, moment};
 
 /// The record of a new agent is made after its first row, whose reference then fails: the first connection is lost.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -240,23 +238,17 @@ async fn a_delete_destroys_the_history() {
     let server = TestServer::on(&database, |_| {}).await;
     let mut agent = Agent::new();
     let (mut socket, _) = Socket::greet(&server, &agent.full()).await;
-    let store = database.open().await;
-    assert_eq!(store.delete_agent(agent.uid, now(&server, agent.uid).await).await.unwrap(), None);
+    let target = format!("/api/v1/agents/{}", agent.uid);
+    assert_eq!(server.ask("DELETE", &target, &[]).await.status, 409);
     assert_eq!(server.status(agent.uid).await["status"], "online", "who is connected is not deleted");
     socket.exchange(&agent.farewell()).await;
     let rows = server.history(agent.uid).await;
-    store.delete_agent(agent.uid, now(&server, agent.uid).await).await.unwrap().unwrap();
+    assert_eq!(server.ask("DELETE", &target, &[]).await.status, 204);
     assert_eq!(server.status(agent.uid).await["status"], "retired");
     assert_eq!(server.read("/api/v1/agents").await["total"], 0);
     assert_eq!(server.history(agent.uid).await, rows);
     assert_acknowledged(&socket.exchange(&agent.report()).await, agent.uid);
     assert_eq!(server.history(agent.uid).await.len(), 2, "it returns to the same record");
-    store.close().await;
     drop(socket);
     server.stop().await.unwrap();
-}
-
-/// A moment after everything that was seen of the agent.
-async fn now(server: &Ports, agent: InstanceUid) -> Moment {
-    moment(&server.status(agent).await["last_seen_at"]).after(Duration::from_millis(1))
 }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// The modules from the bottom; each may know those of the groups before its own, and no others.
 const ORDER: [&[&str]; 13] = [
-    &["proto", "clock", "close", "config"],
+    &["proto", "clock", "close", "config", "site"],
     &["agent", "wire"],
     &["store"],
     &["metrics"],
@@ -18,13 +18,13 @@ const ORDER: [&[&str]; 13] = [
     &["history"],
     &["heartbeat", "sweep", "retention"],
     &["session"],
-    &["transport"],
+    &["orders", "transport"],
     &["api"],
     &["server", "healthcheck"],
 ];
 
 /// What a module must not know although it stands above it.
-const STRANGERS: [(&str, &[&str]); 2] = [
+const STRANGERS: [(&str, &[&str]); 3] = [
     (
         "api",
         &[
@@ -34,13 +34,15 @@ const STRANGERS: [(&str, &[&str]); 2] = [
             "retention",
             "sight",
             "session",
+            "orders",
             "transport",
             "wire",
             "proto",
             "close",
         ],
     ),
-    ("transport", &["sweep", "retention"]),
+    ("orders", &["heartbeat", "sweep", "retention", "wire", "proto", "agent"]),
+    ("transport", &["sweep", "retention", "orders"]),
 ];
 
 /// Where a crate may be spoken: folders end with a slash.

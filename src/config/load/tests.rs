@@ -98,6 +98,7 @@ fn every_key_can_be_set_in_the_file_and_in_the_environment() {
         ("operators", "token", "u"),
         ("operators", "allow_anonymous", "true"),
         ("store", "url", "sqlite://x.db"),
+        ("store", "listen_url", "postgres://x"),
         ("store", "max_connections", "4"),
         ("store", "flush_interval", "1s"),
         ("heartbeat", "interval", "2s"),

@@ -50,7 +50,7 @@ pub(super) async fn every_reason_is_one_word_and_has_one_effect(store: Arc<dyn S
         assert_eq!(only_row(&store, uid(number)).await.disconnect_reason.as_deref(), Some(reason.label()));
         let agent = row(&store, uid(number)).await;
         let expected = match (reason, reason.cause()) {
-            (CloseReason::UidReassigned, _) => (Status::Retired, None),
+            (CloseReason::UidReassigned | CloseReason::Deleted, _) => (Status::Retired, None),
             (_, Cause::Agent) => (Status::Offline, None),
             (_, Cause::Server) => (Status::Online, Some(at(20).after(RETURN_TIME))),
         };

@@ -10,7 +10,7 @@ use opamp_server::store::{
     AgentFilter, AgentSummary, HistoryFilter, Page, PageRequest, Status, Store, Transport, Write,
 };
 
-use super::scene::{ALL, Node, at, create, described, report, uid, update};
+use super::scene::{ALL, Node, at, create, delete, described, report, uid, update};
 use crate::harness::Database;
 
 /// The uids that a filter finds; the total must say the same.
@@ -34,7 +34,7 @@ async fn fleet(store: &Arc<dyn Store>) -> Node {
         .retire_stale_agents(at(5), std::time::Duration::ZERO, Ephemeral::None)
         .await
         .expect("the sweep runs");
-    store.delete_agent(uid(5), at(6)).await.expect("the store answers");
+    delete(store, uid(5), at(6), false).await;
     for (number, healthy) in [(1, true), (2, false)] {
         let opened = node.open(uid(number), at(10)).await;
         let mut change = report(&opened, uid(number), at(11));

@@ -13,9 +13,10 @@ mod memory;
 mod migrations;
 mod nodes;
 mod opening;
+mod orders;
 mod polling;
 mod retention;
-mod scene;
+pub(crate) mod scene;
 mod schedules;
 mod updating;
 mod verdicts;
@@ -137,6 +138,16 @@ conformance! {
         what_is_past_its_time_is_forgotten_and_what_is_open_stays(store),
         retired_agents_without_history_are_forgotten(database),
         much_is_forgotten_in_batches(database),
+    }
+    orders {
+        an_order_is_for_the_open_connection(database),
+        a_delete_outweighs_a_reconnect(store),
+        a_delete_holds_whatever_ends_the_connection(database),
+        a_delete_survives_the_node_that_had_to_carry_it_out(database),
+        who_returns_before_the_order_is_carried_out_has_returned(store),
+        a_delete_ends_polls_itself(store),
+        a_delete_of_many_goes_by_batches(store),
+        a_filter_is_looked_at_under_the_lock(database),
     }
     lists {
         a_list_is_narrowed_by_every_filter(store),

@@ -9,8 +9,8 @@ use opamp_server::store::{Displaced, NewConnection, Status, StatusChange, Store,
 use serde_json::json;
 
 use super::scene::{
-    Node, assert_true_history, at, create, end, history, only_row, opened, report, row, status_log, uid,
-    update,
+    Node, assert_true_history, at, create, delete, end, history, only_row, opened, report, row, status_log,
+    uid, update,
 };
 use crate::harness::Database;
 
@@ -172,7 +172,7 @@ pub(super) async fn the_status_log_never_goes_back(database: &Database) {
     silent.disconnected_by = Some(at(50));
     end(&store, silent).await;
     node.visit(uid(1), at(30), at(40)).await;
-    store.delete_agent(uid(1), at(35)).await.expect("the store answers");
+    delete(&store, uid(1), at(35), false).await;
     let log = status_log(&raw, uid(1)).await;
     let words: Vec<&str> = log.iter().map(|(_, _, to, ..)| to.as_str()).collect();
     assert_eq!(words, ["online", "offline", "online", "offline", "retired"]);

@@ -9,8 +9,9 @@ use opamp_server::agent::{Capabilities, InstanceUid};
 use opamp_server::clock::Moment;
 use opamp_server::close::{Cause, CloseReason};
 use opamp_server::store::{
-    AgentRow, AgentUpdate, ConnectionEnd, ConnectionRow, Ended, HistoryFilter, NewConnection, NewNode,
-    NodeStart, Opened, PageRequest, Store, StoreError, Transport, Write, Written,
+    AgentFilter, AgentRow, AgentUpdate, ConnectionEnd, ConnectionRow, Deleted, Deletion, Ended,
+    HistoryFilter, NewConnection, NewNode, NodeStart, Opened, PageRequest, Store, StoreError, Transport,
+    Write, Written,
 };
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
@@ -212,6 +213,13 @@ pub(crate) fn opened(written: Written) -> Opened {
 pub(crate) fn ended(written: Written) -> Ended {
     let Written::Connection(ended) = written else { panic!("an end was answered by {written:?}") };
     ended
+}
+
+/// Deletes this one agent, by force or not.
+pub(crate) async fn delete(store: &Arc<dyn Store>, agent: InstanceUid, at: Moment, force: bool) -> Deleted {
+    let filter = AgentFilter { id: Some(agent), include_retired: true, ..AgentFilter::default() };
+    let deletion = Deletion { filter, force, at, node_id: Uuid::nil() };
+    store.delete_agents(&deletion, None).await.expect("the store answers")
 }
 
 /// The record of an agent.

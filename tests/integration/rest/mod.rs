@@ -1,4 +1,15 @@
 //! What operators see: the shapes of all routes, their problems, and who may look.
+//!
+//! What changes something, or reads more than a page, is a plain function over a database and runs
+//! on `SQLite` and on Postgres; the list below is complete.
+
+#![expect(clippy::expect_used, reason = "in a test a panic with a sentence is the report")]
+
+mod access;
+mod description;
+mod nodes;
+mod orders;
+mod pages;
 
 use std::collections::BTreeSet;
 
@@ -10,6 +21,55 @@ use crate::harness::Database;
 use crate::harness::agent::{Agent, HEALTH, Poller, STATUS, Socket, description, effective_config};
 use crate::harness::http::Response;
 use crate::harness::server::{Process, TestServer, moment};
+
+macro_rules! on_both {
+    ($($module:ident { $($case:ident,)* })*) => {
+        mod sqlite {
+            use crate::harness::Database;
+            $($(
+                #[tokio::test]
+                async fn $case() {
+                    super::$module::$case(&Database::sqlite()).await;
+                }
+            )*)*
+        }
+
+        mod postgres {
+            use crate::harness::Database;
+            $($(
+                #[tokio::test]
+                async fn $case() {
+                    let Some(database) = Database::postgres().await else { return };
+                    super::$module::$case(&database).await;
+                }
+            )*)*
+        }
+    };
+}
+
+on_both! {
+    orders {
+        a_websocket_agent_reconnects,
+        an_order_ends_one_connection_of_a_shared_link,
+        who_has_no_websocket_is_not_made_to_reconnect,
+        a_report_that_meets_the_order_opens_nothing,
+        a_connected_agent_is_deleted_by_force,
+        a_polling_agent_is_deleted_by_force,
+        an_agent_that_left_is_deleted,
+        many_are_deleted_by_filter,
+        a_body_of_another_type_is_refused,
+    }
+    nodes {
+        all_agents_come_in_one_array,
+        a_failure_in_the_middle_breaks_the_array_off,
+    }
+    pages {
+        pages_miss_nobody_who_stays,
+    }
+    description {
+        every_wrong_parameter_is_named,
+    }
+}
 
 /// The names of an object's fields.
 fn fields(value: &Value) -> BTreeSet<&str> {
@@ -380,50 +440,6 @@ async fn metrics_have_their_fixed_names() {
     ] {
         assert!((metrics.value(series) - value).abs() < 0.5, "{series} is {}", metrics.value(series));
     }
-}
-
-/// The description names every route, its parameters and its problems.
-#[tokio::test]
-async fn the_description_names_every_route() {
-    let server = TestServer::fresh().await;
-    let description = server.read("/openapi.json").await;
-    let expected = set([
-        "/api/v1/agents",
-        "/api/v1/agents/online",
-        "/api/v1/agents/offline",
-        "/api/v1/agents/error",
-        "/api/v1/agents/stale",
-        "/api/v1/agents/summary",
-        "/api/v1/agents/{id}",
-        "/api/v1/agents/{id}/status",
-        "/api/v1/agents/{id}/connection-history",
-        "/metrics",
-        "/healthz",
-        "/readyz",
-    ]);
-    let described = fields(&description["paths"]);
-    assert!(described.is_superset(&expected), "{described:?}");
-    let mut agent = Agent::new();
-    Poller::once(&server, &agent.full()).await;
-    for path in described.iter().filter(|path| !description["paths"][**path]["get"].is_null()) {
-        let answer = server.ask("GET", &path.replace("{id}", &agent.uid.to_string()), &[]).await;
-        assert_eq!(answer.status, 200, "{path} is described and not served: {}", answer.text());
-    }
-    assert_eq!(description["info"]["title"], "opamp-server");
-    assert_eq!(description["info"]["version"], env!("CARGO_PKG_VERSION"));
-    let parameters = description["paths"]["/api/v1/agents"]["get"]["parameters"].as_array().unwrap();
-    let names: BTreeSet<&str> =
-        parameters.iter().filter_map(|parameter| parameter["name"].as_str()).collect();
-    assert!(names.is_superset(&set([
-        "status",
-        "connected",
-        "healthy",
-        "transport",
-        "q",
-        "include",
-        "limit",
-        "cursor"
-    ])));
 }
 
 /// Secrets appear in no log line: neither the tokens nor the password of the store.

@@ -1,0 +1,173 @@
+//! No list, filter or count reads a whole table where an index serves it: both databases are asked for their plans.
+
+use std::collections::BTreeMap;
+
+use sqlx::{Postgres, QueryBuilder, Row, Sqlite};
+
+use super::agents::{count_agents, select_agents};
+use super::connections::{count_connections, select_connections};
+use super::dialect::SqlStore;
+use super::orders::select_close_orders;
+use super::status_log::{count_transitions, select_transitions};
+use super::{AgentFilter, HistoryFilter, PageRequest, Status, Transport};
+use crate::agent::InstanceUid;
+use crate::clock::Moment;
+
+/// The tables that grow with the fleet and with time.
+const GROWING: [&str; 5] =
+    ["agents", "agent_attributes", "agent_liveness", "agent_connection_history", "agent_status_log"];
+
+/// How many agents there are, each with one connection and one change of status.
+const AGENTS: usize = 20_000;
+
+/// A fleet in which everything that is looked for is rare, so that an index is worth it.
+fn fleet(postgres: bool) -> String {
+    let (numbers, uid, at) = if postgres {
+        (
+            format!("SELECT n FROM generate_series(1, {AGENTS}) n"),
+            "lpad(to_hex(n), 32, '0')::uuid",
+            "'2026-01-01T00:00:00Z'::timestamptz + n * interval '1 second'",
+        )
+    } else {
+        (
+            format!(
+                "WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < {AGENTS}) SELECT n FROM s"
+            ),
+            "unhex(printf('%032x', n))",
+            "1767225600000000 + n * 1000000",
+        )
+    };
+    let node =
+        if postgres { "'00000000-0000-0000-0000-000000000001'::uuid" } else { "unhex(printf('%032x', 1))" };
+    let generated = if postgres { "OVERRIDING SYSTEM VALUE" } else { "" };
+    format!(
+        "INSERT INTO nodes (id, name, version, lease_ms, started_at, renewed_at)
+             SELECT {node}, 'a', '1', 1000, {at}, {at} FROM (SELECT 1 AS n) one;
+         INSERT INTO agents (id, name, host, status, status_since, healthy, connection_id, close_connection, close_reason,
+                 created_at, updated_at)
+             SELECT {uid}, 'name-' || n, 'host-' || n,
+                 CASE n % 2000 WHEN 0 THEN 'error' WHEN 1 THEN 'offline' WHEN 2 THEN 'retired' ELSE 'online' END, {at},
+                 CASE WHEN n % 2000 = 3 THEN false END, CASE WHEN n % 2000 = 4 THEN n END,
+                 CASE WHEN n % 2000 = 4 THEN n END, CASE WHEN n % 2000 = 4 THEN 'deleted' END, {at}, {at}
+             FROM ({numbers}) numbers;
+         INSERT INTO agent_liveness (agent_id, last_seen_at) SELECT {uid}, {at} FROM ({numbers}) numbers;
+         INSERT INTO agent_attributes (agent_id, key, value)
+             SELECT {uid}, 'zone', CASE WHEN n % 2000 = 5 THEN 'north' ELSE 'south' END FROM ({numbers}) numbers;
+         INSERT INTO agent_connection_history (id, agent_id, connected_at, disconnected_at, duration_seconds,
+                 disconnect_reason, transport, node_id, node_seq, created_at)
+             {generated} SELECT n, {uid}, {at}, CASE WHEN n % 2000 <> 4 THEN {at} END, 0, 'connection_lost', 'websocket',
+                 {node}, n, {at} FROM ({numbers}) numbers;
+         INSERT INTO agent_status_log (agent_id, at, to_status, reason)
+             SELECT {uid}, {at}, 'online', 'first_report' FROM ({numbers}) numbers;
+         ANALYZE;"
+    )
+}
+
+/// The filters that an index serves.
+fn filters() -> Vec<AgentFilter> {
+    let all = AgentFilter::default;
+    let with = |statuses: &[Status]| AgentFilter { statuses: statuses.to_vec(), ..all() };
+    vec![
+        AgentFilter { id: Some(InstanceUid::from_bytes([7; 16])), include_retired: true, ..all() },
+        with(&[Status::Offline]),
+        with(&[Status::Retired]),
+        AgentFilter {
+            unseen_since: Moment::parse("2027-01-01T00:00:00Z"),
+            ..with(&[Status::Offline, Status::Error])
+        },
+        AgentFilter { connected: Some(true), ..all() },
+        AgentFilter { healthy: Some(false), ..all() },
+        AgentFilter { transport: Some(Transport::Http), ..all() },
+        AgentFilter { attributes: BTreeMap::from([("zone".to_owned(), "north".to_owned())]), ..all() },
+        AgentFilter { prefix: Some("name-777".to_owned()), ..all() },
+        AgentFilter { prefix: Some("00000000-0000-0000-0000-0000000000".to_owned()), ..all() },
+    ]
+}
+
+/// The statements whose plans are looked at, each with what it is for.
+macro_rules! statements {
+    ($database:ty, $explain:literal) => {{
+        let mut statements: Vec<(String, QueryBuilder<$database>)> = Vec::new();
+        let mut add = |what: String, fill: &dyn Fn(&mut QueryBuilder<$database>)| {
+            let mut query = QueryBuilder::new($explain);
+            fill(&mut query);
+            statements.push((what, query));
+        };
+        let somebody = InstanceUid::from_bytes([0; 16]);
+        for filter in filters() {
+            add(format!("count of {filter:?}"), &|query| count_agents(query, &filter));
+            for after in [None, Some(somebody)] {
+                let page = PageRequest { after, limit: 101 };
+                add(format!("page of {filter:?}"), &|query| select_agents(query, &filter, page));
+            }
+        }
+        let page = PageRequest { after: Some(somebody), limit: 101 };
+        add("page of all".to_owned(), &|query| select_agents(query, &AgentFilter::default(), page));
+        let moment = Some(Moment::from_micros(0));
+        for filter in [HistoryFilter::default(), HistoryFilter { from: moment, to: moment }] {
+            add(format!("count of {filter:?}"), &|query| count_connections(query, somebody, filter));
+            let page = PageRequest { after: Some(77), limit: 101 };
+            add(format!("page of {filter:?}"), &|query| select_connections(query, somebody, filter, page));
+        }
+        add("count of transitions".to_owned(), &|query| count_transitions(query, somebody));
+        let page = PageRequest { after: Some(77), limit: 101 };
+        add("page of transitions".to_owned(), &|query| select_transitions(query, somebody, page));
+        add("orders to a node".to_owned(), &|query| select_close_orders(query, uuid::Uuid::nil()));
+        add("next overdue".to_owned(), &|query| {
+            query.push(super::agents::NEXT_OVERDUE);
+        });
+        statements
+    }};
+}
+
+#[tokio::test]
+async fn sqlite_scans_no_table() {
+    let store: SqlStore<Sqlite> = super::sqlite::open("sqlite::memory:", 1, true).await.unwrap();
+    sqlx::raw_sql(super::dialect::sql(fleet(false))).execute(&store.writers).await.unwrap();
+    for (what, mut query) in statements!(Sqlite, "EXPLAIN QUERY PLAN ") {
+        let rows = query.build().fetch_all(&store.readers).await.unwrap();
+        let plan: Vec<String> = rows.iter().map(|row| row.get("detail")).collect();
+        // `SCAN a` walks a table, `SCAN a USING INDEX` an index; the primary key's order is what a page is in.
+        let scans = plan.iter().filter(|step| step.starts_with("SCAN ") && !step.contains(" USING "));
+        assert_eq!(scans.count(), 0, "{what}: {plan:#?}");
+    }
+}
+
+#[tokio::test]
+async fn postgres_scans_no_table() {
+    let Some(url) = server() else {
+        assert!(variable("CI").is_none(), "DATABASE_URL must be set where CI is: no test is skipped there");
+        return;
+    };
+    let schema = format!("plans_{}", uuid::Uuid::new_v4().simple());
+    let admin = sqlx::PgPool::connect(&url).await.unwrap();
+    let run = async |text: String| sqlx::raw_sql(super::dialect::sql(text)).execute(&admin).await.unwrap();
+    run(format!("CREATE SCHEMA {schema}")).await;
+    let joint = if url.contains('?') { '&' } else { '?' };
+    let store = super::postgres::open(&format!("{url}{joint}options=-csearch_path%3D{schema}"), 1, true)
+        .await
+        .unwrap();
+    sqlx::raw_sql(super::dialect::sql(fleet(true))).execute(&store.writers).await.unwrap();
+    let mut faults = Vec::new();
+    for (what, mut query) in statements!(Postgres, "EXPLAIN ") {
+        let rows = query.build().fetch_all(&store.readers).await.unwrap();
+        let plan: Vec<String> = rows.iter().map(|row| row.get(0)).collect();
+        let scans =
+            |step: &String| GROWING.iter().any(|table| step.contains(&format!("Seq Scan on {table} ")));
+        if plan.iter().any(scans) {
+            faults.push(format!("{what}:\n{}", plan.join("\n")));
+        }
+    }
+    store.readers.close().await;
+    run(format!("DROP SCHEMA {schema} CASCADE")).await;
+    assert!(faults.is_empty(), "{}", faults.join("\n\n"));
+}
+
+fn server() -> Option<String> {
+    variable("DATABASE_URL")
+}
+
+#[expect(clippy::disallowed_methods, reason = "the environment tells tests where Postgres is")]
+fn variable(name: &str) -> Option<String> {
+    std::env::var(name).ok().filter(|value| !value.is_empty())
+}
