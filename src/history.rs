@@ -21,7 +21,8 @@ use crate::metrics::Metrics;
 use crate::outage::Outage;
 use crate::pulse::{Expectations, Link, Pulse};
 use crate::store::{
-    AgentUpdate, ConnectionEnd, Ended, NewConnection, Opened, Store, StoreError, Transport, Write, Written,
+    AgentUpdate, ConnectionEnd, Ended, NewConnection, Older, Opened, Rival, Store, StoreError, Transport,
+    Write, Written,
 };
 
 /// The most writes that share one commit.
@@ -124,6 +125,34 @@ pub enum Noticed {
     Unheard,
 }
 
+/// A connection to open.
+#[derive(Debug)]
+pub struct Opening<'a> {
+    /// Whose connection.
+    pub agent: InstanceUid,
+    /// How its reports travel.
+    pub transport: Transport,
+    /// Peer address and port.
+    pub remote_addr: &'a str,
+    /// When its first report came.
+    pub heard: Tick,
+    /// The number of that report.
+    pub number: u64,
+    /// The connection of the same uid that lives on this node.
+    pub older: Option<&'a OpenConnection>,
+    /// The uid to give to its agent where two agents share one; none where it would not understand.
+    pub spare: Option<InstanceUid>,
+}
+
+/// What an opening came to.
+#[derive(Debug)]
+pub enum Opens {
+    /// The connection is open and durable.
+    Connection(Box<Opened>),
+    /// It comes from another agent than the connected one, and is to be opened under another uid.
+    Rival(Rival),
+}
+
 /// Waits until an end is on record.
 #[derive(Debug)]
 pub struct EndTicket(oneshot::Receiver<Result<Written, StoreError>>);
@@ -223,15 +252,9 @@ impl History {
         (Self { shared: Arc::clone(&shared) }, Writer { shared, limit: BATCH_LIMIT })
     }
 
-    /// Opens a connection whose first report came at `heard`; it is durable when this returns.
-    pub async fn open(
-        &self,
-        agent: InstanceUid,
-        transport: Transport,
-        remote_addr: &str,
-        heard: Tick,
-        last_proof: Option<Tick>,
-    ) -> Result<Opened, StoreError> {
+    /// Opens a connection; it is durable when this returns.
+    pub async fn open(&self, opening: Opening<'_>) -> Result<Opens, StoreError> {
+        let Opening { agent, transport, remote_addr, heard, number, older, spare } = opening;
         let now = self.shared.clock.moment(heard);
         let new = NewConnection {
             agent,
@@ -240,13 +263,23 @@ impl History {
             node_id: self.shared.node_id,
             node_seq: self.shared.node_seq.fetch_add(1, Ordering::Relaxed),
             at: now,
-            last_proof: last_proof.map(|tick| self.shared.clock.moment(tick)),
+            number,
+            older: older.map(|older| Older {
+                connection_id: older.id,
+                last_proof: self.shared.clock.moment(older.last_seen()),
+                number: older.pulse.beat().heard,
+            }),
+            spare,
             first_poll: (transport == Transport::Http).then(|| self.shared.expected.first_poll()),
         };
         match self.push(Write::CreateConnection(new), None).await {
             Ok(Ok(Written::Created(opened))) => {
                 self.shared.metrics.connections_opened.of(transport).increment(u64::from(!opened.continued));
-                Ok(*opened)
+                Ok(Opens::Connection(opened))
+            }
+            Ok(Ok(Written::Rival(rival))) => {
+                self.shared.metrics.clones.increment(u64::from(rival.offers == 1));
+                Ok(Opens::Rival(rival))
             }
             Ok(Err(error)) => Err(error),
             Ok(Ok(_)) | Err(_) => Err(writer_gone()),
@@ -456,7 +489,7 @@ impl Writer {
     fn answer(&self, batch: Vec<Job>, written: Vec<Written>) {
         for (job, written) in batch.into_iter().zip(written) {
             let change = match &written {
-                Written::Agent(_) => None,
+                Written::Agent(_) | Written::Rival(_) => None,
                 Written::Connection(ended) => {
                     self.shared.unrecorded.send_modify(|ends| *ends -= 1);
                     self.count_end(&job.write, ended);

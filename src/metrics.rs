@@ -356,6 +356,8 @@ metrics! {
     store_failures: Counter = "opamp_store_failures_total";
     /// Signs of life stored.
     sightings: Counter = "opamp_sightings_stored_total";
+    /// Agents that were found to share an instance uid with another, each pair once.
+    clones: Counter = "opamp_clones_total";
     /// Seconds in which this server could not judge, because it was stopped, starved or without its store.
     blind_seconds: Counter = "opamp_blind_seconds_total";
     /// Rows that were deleted because they were older than `retention.history`.

@@ -161,6 +161,8 @@ pub struct Beat {
     pub last_report: Tick,
     /// The number that the stored state stands for.
     pub number: Option<u64>,
+    /// The number of the last report.
+    pub heard: Option<u64>,
     /// True while a reported change is not stored: its number must not be stored either.
     pub unsaved: bool,
     /// True where the agent promises heartbeats.
@@ -180,6 +182,7 @@ impl Pulse {
         let beat = Beat {
             last_report: tick,
             number,
+            heard: number,
             unsaved: false,
             heartbeats: false,
             told: (tick, number),
@@ -229,10 +232,11 @@ impl Pulse {
         });
     }
 
-    /// Notes what the store holds now, or needs not be told at once.
-    pub fn settled(&self, number: Option<u64>, heartbeats: bool, quiet: bool) {
+    /// Notes what the store holds now, or needs not be told at once, and the number of the last report.
+    pub fn settled(&self, number: Option<u64>, heard: Option<u64>, heartbeats: bool, quiet: bool) {
         self.with(|beat| {
             beat.number = number;
+            beat.heard = heard;
             beat.heartbeats = heartbeats;
             beat.unsaved = false;
             beat.quiet_reports += u32::from(quiet);
@@ -330,7 +334,7 @@ mod tests {
             "lives with the link"
         );
         pulse.reported(at(10), false);
-        pulse.settled(Some(1), true, true);
+        pulse.settled(Some(1), Some(1), true, true);
         assert_eq!(pulse.beat().deadline(Transport::Websocket, &link, &EXPECTED), at(100), "3 x 30 s");
     }
 
@@ -360,7 +364,7 @@ mod tests {
         pulse.reported(at(1), true);
         assert_eq!(pulse.untold(at(1)), None, "the stored number never passes the stored state");
         assert_eq!(pulse.number(), None, "nor does the one that a successor goes on with");
-        pulse.settled(Some(5), false, false);
+        pulse.settled(Some(5), Some(5), false, false);
         assert_eq!(pulse.untold(at(1)), Some((at(1), Some(5))));
         assert_eq!(pulse.untold(at(1)), Some((at(1), Some(5))), "until the store was told");
         pulse.told((at(1), Some(5)));

@@ -36,6 +36,13 @@ CREATE TABLE agents (
     close_connection bigint,
     close_reason text,
     previous_id uuid REFERENCES agents (id),
+    -- Two agents that share one uid: when and at which number the last connection was displaced, how often
+    -- in a row the displaced one returned, and the uid that the second agent was given instead, with how often it was told so.
+    displaced_at timestamptz,
+    displaced_number bigint,
+    swaps integer NOT NULL DEFAULT 0,
+    rival_id uuid,
+    rival_offers integer NOT NULL DEFAULT 0,
     groups jsonb NOT NULL DEFAULT '[]',
     healthy boolean,
     ephemeral boolean NOT NULL DEFAULT false,

@@ -21,13 +21,13 @@ use crate::agent::{InstanceUid, Sender, is_legacy};
 use crate::clock::{Clock, Tick};
 use crate::close::{Cause, CloseReason};
 use crate::heartbeat::Watch;
-use crate::history::{EndTicket, History, Noticed, OpenConnection};
+use crate::history::{EndTicket, History, Noticed, OpenConnection, Opening, Opens};
 use crate::metrics::{DecodeFailure, Metrics, OfferKind, Refused};
 use crate::outage::Outage;
 use crate::proto::{AgentCapabilities, AgentToServer, ServerToAgent};
 use crate::pulse::{Link, Pulse};
 use crate::sight::Sight;
-use crate::store::{AgentUpdate, Store, StoreError, Transport};
+use crate::store::{AgentUpdate, Rival, Store, StoreError, Transport};
 
 /// How long an agent is told to stay away when the store cannot take its report, in seconds.
 const RETRY_AFTER_SECONDS: u64 = 30;
@@ -79,16 +79,40 @@ pub struct Session {
     state: AgentState,
     /// The last answer, which a repeated report gets once more.
     answered: Answer,
+    /// The other agent that speaks under the same uid on the same link.
+    rival: Option<Box<Rival>>,
+}
+
+/// Whose conversation a first report opened.
+enum Opened {
+    Session(Session),
+    /// Another agent's, which is to use the uid in here.
+    Rival(Rival),
 }
 
 impl Session {
     /// Opens the connection of `agent`; its row is durable when this returns.
-    async fn open(services: &Arc<Services>, origin: &Origin, agent: InstanceUid) -> Result<Self, StoreError> {
+    async fn open(
+        services: &Arc<Services>,
+        origin: &Origin,
+        agent: InstanceUid,
+        report: &AgentToServer,
+    ) -> Result<Opened, StoreError> {
         let older = services.hub.get(agent);
-        let proof = older.as_ref().map(|older| older.last_seen());
         let heard = origin.link.last_byte();
-        let address = origin.remote_addr.to_string();
-        let mut opened = services.history.open(agent, origin.transport, &address, heard, proof).await?;
+        let opening = Opening {
+            agent,
+            transport: origin.transport,
+            remote_addr: &origin.remote_addr.to_string(),
+            heard,
+            number: report.sequence_num,
+            older: older.as_deref(),
+            spare: (!is_legacy(&report.instance_uid)).then(InstanceUid::generate),
+        };
+        let mut opened = match services.history.open(opening).await? {
+            Opens::Connection(opened) => opened,
+            Opens::Rival(rival) => return Ok(Opened::Rival(rival)),
+        };
         let displaced = opened.displaced.map(|displaced| displaced.connection_id);
         if let Some(older) = older.filter(|older| displaced == Some(older.id)) {
             // Signs of life that were not flushed yet: who continues them is not asked for full state.
@@ -101,10 +125,10 @@ impl Session {
         connection.note_sighting(opened.seen_at);
         let connection = Arc::new(connection);
         let services = Arc::clone(services);
-        let session = Self { services, connection, state, answered: Answer::default() };
+        let session = Self { services, connection, state, answered: Answer::default(), rival: None };
         session.services.hub.enter(&session.connection);
         session.services.watch.over(Arc::clone(&session.connection), Tick::default()).await;
-        Ok(session)
+        Ok(Opened::Session(session))
     }
 
     /// The open connection.
@@ -128,7 +152,8 @@ impl Session {
             return None;
         }
         let (next, change) = self.state.absorb(report, digest_of_bytes(bytes));
-        if change.must_save || change.leaves || change.requests_uid || change.ask_full_state {
+        let quiet = !change.must_save && !change.leaves && !change.requests_uid && !change.ask_full_state;
+        if !quiet || change.kind == Kind::Rival {
             return None;
         }
         self.connection.pulse.reported(self.services.clock.tick(), false);
@@ -144,7 +169,7 @@ impl Session {
     /// Takes over a state whose changes, if any, are stored.
     fn adopt(&mut self, next: AgentState, change: Change, quiet: bool) {
         let heartbeats = next.capabilities().has(AgentCapabilities::ReportsHeartbeat);
-        self.connection.pulse.settled(next.stored_number(), heartbeats, quiet);
+        self.connection.pulse.settled(next.stored_number(), next.number(), heartbeats, quiet);
         self.state = next;
         self.answered = Answer { ask_full_state: change.ask_full_state, new_uid: None };
     }
@@ -155,12 +180,16 @@ impl Session {
         report: &AgentToServer,
         digest: u64,
         heard: Tick,
-    ) -> Result<Answer, Refusal> {
+    ) -> Result<Taken, Refusal> {
         let (next, change) = self.state.absorb(report, digest);
-        self.connection.pulse.reported(heard, change.must_save);
         self.services.metrics.reports.of(change.kind).increment(1);
+        if change.kind == Kind::Rival && !is_legacy(&report.instance_uid) {
+            self.state.set_aside(report.sequence_num);
+            return Ok(Taken::Rival(self.tell_rival()));
+        }
+        self.connection.pulse.reported(heard, change.must_save);
         if change.kind == Kind::Repeat {
-            return Ok(self.answered);
+            return Ok(Taken::Answered(self.answered));
         }
         if change.must_save {
             Box::pin(self.save(report, &next, change.parts, heard)).await?;
@@ -169,7 +198,16 @@ impl Session {
         if change.leaves || change.requests_uid {
             Box::pin(self.finish(report, change)).await?;
         }
-        Ok(self.answered)
+        Ok(Taken::Answered(self.answered))
+    }
+
+    /// The uid of the other agent on this link, counted as told once more.
+    fn tell_rival(&mut self) -> Rival {
+        let rival =
+            self.rival.get_or_insert_with(|| Box::new(Rival { uid: InstanceUid::generate(), offers: 0 }));
+        rival.offers += 1;
+        self.services.metrics.clones.increment(u64::from(rival.offers == 1));
+        **rival
     }
 
     /// Stores what changed, before it is answered.
@@ -234,7 +272,28 @@ impl Drop for Session {
     }
 }
 
+/// Whose report it was.
+enum Taken {
+    /// The agent's own: what it is answered.
+    Answered(Answer),
+    /// Another agent's, which is to use the uid in here.
+    Rival(Rival),
+}
+
+/// How often an agent is told to use another uid before its reports are refused.
+const OFFERS: u32 = 3;
+
 /// What an exchange came to.
+#[derive(Debug)]
+pub enum Exchange {
+    /// It is answered.
+    Done(Box<Exchanged>),
+    /// The report comes from another agent with the same uid (S-049…S-052): it is to be taken once
+    /// more, as one of the agent with this uid.
+    Rival(InstanceUid),
+}
+
+/// What one report is answered.
 #[derive(Debug)]
 pub struct Exchanged {
     /// What to answer.
@@ -244,6 +303,7 @@ pub struct Exchanged {
 }
 
 /// Answers one report of the agent `agent` whose session, if it has one on this link, is in `slot`.
+/// An agent that still calls itself otherwise is told its uid.
 ///
 /// `bytes` are those of the report, to recognise a retransmission. The slot is empty
 /// afterwards where the agent has left. A session that something else ended stays in its slot on a
@@ -255,7 +315,7 @@ pub async fn exchange(
     agent: InstanceUid,
     report: &AgentToServer,
     bytes: &[u8],
-) -> Exchanged {
+) -> Exchange {
     let heard = origin.link.last_byte();
     slot.take_if(|session| session.connection.ended().is_some_and(|reason| may_return(origin, reason)));
     let result = match slot {
@@ -265,12 +325,16 @@ pub async fn exchange(
         None => Box::pin(first_report(services, slot, origin, agent, report, bytes)).await,
     };
     let ended = slot.as_ref().and_then(|session| session.connection.ended());
-    let result = match ended {
-        Some(reason) if !is_farewell(reason) => Err(unavailable()),
-        _ => result,
-    };
     slot.take_if(|_| ended.is_some_and(|reason| is_farewell(reason) || may_return(origin, reason)));
-    answer(services, &report.instance_uid, result)
+    let result = match (ended, result) {
+        (Some(reason), _) if !is_farewell(reason) => Err(unavailable()),
+        (_, Ok(Taken::Rival(Rival { offers, .. }))) if offers > OFFERS => Err(uid_in_use()),
+        (_, Ok(Taken::Rival(rival))) => return Exchange::Rival(rival.uid),
+        (_, Ok(Taken::Answered(answer))) if Sender::of(report) == Ok(Sender::Agent(agent)) => Ok(answer),
+        (_, Ok(Taken::Answered(answer))) => Ok(Answer { new_uid: answer.new_uid.or(Some(agent)), ..answer }),
+        (_, Err(refusal)) => Err(refusal),
+    };
+    Exchange::Done(Box::new(answer(services, &report.instance_uid, result)))
 }
 
 /// True for the ends that a report itself asked for: it is answered, and the link goes on without the agent.
@@ -292,12 +356,15 @@ async fn first_report(
     agent: InstanceUid,
     report: &AgentToServer,
     bytes: &[u8],
-) -> Result<Answer, Refusal> {
+) -> Result<Taken, Refusal> {
     if report.agent_disconnect.is_some() && !polls_on(services, origin, agent).await? {
-        return Ok(Answer::default());
+        return Ok(Taken::Answered(Answer::default()));
     }
-    let session = Session::open(services, origin, agent).await.map_err(|error| refusal(services, &error))?;
-    let session = slot.insert(session);
+    let opened = Session::open(services, origin, agent, report).await;
+    let session = match opened.map_err(|error| refusal(services, &error))? {
+        Opened::Session(session) => slot.insert(session),
+        Opened::Rival(rival) => return Ok(Taken::Rival(rival)),
+    };
     // Once it is in the hub, a stop sees it; a stop that had looked before is seen here.
     if services.closing.load(Ordering::Relaxed) {
         if let Some(ticket) = session.end(CloseReason::ServerShutdown, Noticed::Concluded) {
@@ -355,6 +422,13 @@ fn answer(services: &Services, uid: &[u8], result: Result<Answer, Refusal>) -> E
         Ok(answer) => Exchanged { offer: compose(uid, answer), refusal: None },
         Err(refusal) => Exchanged { offer: refuse(uid, &refusal), refusal: Some(refusal) },
     }
+}
+
+fn uid_in_use() -> Refusal {
+    Refusal::BadRequest(
+        "this instance_uid belongs to another agent that is connected; use the new_instance_uid that was offered"
+            .to_owned(),
+    )
 }
 
 fn unavailable() -> Refusal {

@@ -39,7 +39,9 @@ pub use nodes::{NewNode, NodeStart};
 pub use orders::{CloseOrder, Deleted, Deletion, Reconnect};
 pub use retention::Forgotten;
 pub use status_log::Transition;
-pub use write::{AgentUpdate, ConnectionEnd, Displaced, Ended, NewConnection, Opened, Write, Written};
+pub use write::{
+    AgentUpdate, ConnectionEnd, Displaced, Ended, NewConnection, Older, Opened, Rival, Write, Written,
+};
 
 use crate::agent::InstanceUid;
 use crate::clock::Moment;

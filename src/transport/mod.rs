@@ -16,12 +16,14 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::service::service_fn;
-use hyper::{Method, Request, Response, StatusCode};
+use hyper::{Method, Request, Response, StatusCode, Version};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
@@ -146,30 +148,14 @@ impl Context {
         link: Arc<Link>,
         place: &Mutex<Result<Place, Denied>>,
     ) -> Answer {
-        if request.uri().path() != self.admission.limits().path {
-            return text(
-                StatusCode::NOT_FOUND,
-                &format!("agents connect at {}\n", self.admission.limits().path),
-            );
-        }
-        let (headers, admission) = (request.headers(), &self.admission);
-        let admitted = admission
-            .screen(headers)
-            .and_then(|()| admission.authorize(headers))
-            .and_then(|()| admission.admit());
-        if let Err(denied) = admitted {
-            return self.deny(denied);
+        if let Some(refusal) = self.refusal(&request, place) {
+            return self.refuse(request, refusal).await;
         }
         if !is_protobuf(request.headers()) {
-            return self.upgrade(request, peer, link, place);
-        }
-        if let Err(denied) = &*place.lock().unwrap_or_else(PoisonError::into_inner) {
-            return closing(self.deny(*denied));
-        }
-        if request.method() != Method::POST {
-            let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "OpAMP over plain HTTP is POST\n");
-            answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static("POST"));
-            return answer;
+            return match accept_key(&request) {
+                Some(accept) => self.upgrade(request, accept, peer, link, place),
+                None => self.refuse(request, upgrade_required()).await,
+            };
         }
         // An exchange that has begun is finished, whether the peer waits for it or not.
         let (services, admission) = (Arc::clone(&self.services), Arc::clone(&self.admission));
@@ -181,6 +167,44 @@ impl Context {
         })
     }
 
+    /// What can be refused by the head alone: path, site, token, admission, method.
+    fn refusal(&self, request: &Request<Incoming>, place: &Mutex<Result<Place, Denied>>) -> Option<Answer> {
+        let (headers, admission) = (request.headers(), &self.admission);
+        let path = &admission.limits().path;
+        if request.uri().path() != path {
+            return Some(text(StatusCode::NOT_FOUND, &format!("agents connect at {path}\n")));
+        }
+        let admitted = admission
+            .screen(headers)
+            .and_then(|()| admission.authorize(headers))
+            .and_then(|()| admission.admit());
+        if let Err(denied) = admitted {
+            return Some(self.deny(denied));
+        }
+        if !is_protobuf(headers) {
+            return None;
+        }
+        if let Err(denied) = &*place.lock().unwrap_or_else(PoisonError::into_inner) {
+            return Some(closing(self.deny(*denied)));
+        }
+        if request.method() != Method::POST {
+            let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "OpAMP over plain HTTP is POST\n");
+            answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static("POST"));
+            return Some(answer);
+        }
+        None
+    }
+
+    /// Answers a refusal so that the sender sees it: a body that is on its way is read and thrown away.
+    async fn refuse(&self, request: Request<Incoming>, refusal: Answer) -> Answer {
+        if request.headers().contains_key(header::EXPECT) {
+            // It asked before it sends its body, which now never comes.
+            return closing(refusal);
+        }
+        polling::discard(request.into_body(), self.admission.limits().max_message_size).await;
+        refusal
+    }
+
     fn deny(&self, denied: Denied) -> Answer {
         self.services.metrics.refused.of(denied.cause()).increment(1);
         denied.answer()
@@ -190,22 +214,12 @@ impl Context {
     fn upgrade(
         &self,
         mut request: Request<Incoming>,
+        accept: String,
         peer: SocketAddr,
         link: Arc<Link>,
         place: &Mutex<Result<Place, Denied>>,
     ) -> Answer {
-        let Some(accept) = accept_key(&request) else {
-            let mut answer = text(
-                StatusCode::UPGRADE_REQUIRED,
-                "OpAMP is a WebSocket (version 13) or a POST of application/x-protobuf\n",
-            );
-            let headers = answer.headers_mut();
-            headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-            headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-            headers.insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
-            return answer;
-        };
-        let Ok(key) = HeaderValue::from_str(&accept) else {
+        let Ok(key) = HeaderValue::try_from(accept) else {
             return text(StatusCode::BAD_REQUEST, "unusable Sec-WebSocket-Key\n");
         };
         // The place of the socket becomes that of the link.
@@ -237,6 +251,19 @@ impl Context {
     }
 }
 
+/// What is neither a poll nor a valid handshake is told what this server speaks.
+fn upgrade_required() -> Answer {
+    let mut answer = text(
+        StatusCode::UPGRADE_REQUIRED,
+        "OpAMP is a WebSocket (version 13) or a POST of application/x-protobuf\n",
+    );
+    let headers = answer.headers_mut();
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+    answer
+}
+
 /// The answer after which the connection is closed: whoever is not admitted must not keep a socket.
 fn closing(mut answer: Answer) -> Answer {
     answer.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
@@ -261,11 +288,13 @@ fn accept_key(request: &Request<Incoming>) -> Option<String> {
             .any(|value| value.split(',').any(|part| part.trim().eq_ignore_ascii_case(token)))
     };
     let valid = request.method() == Method::GET
+        && request.version() == Version::HTTP_11
         && names(header::UPGRADE, "websocket")
         && names(header::CONNECTION, "upgrade")
         && names(header::SEC_WEBSOCKET_VERSION, "13");
     let key = headers.get(header::SEC_WEBSOCKET_KEY).filter(|_| valid)?;
-    Some(derive_accept_key(key.as_bytes()))
+    let random = BASE64.decode(key).ok()?;
+    (random.len() == 16).then(|| derive_accept_key(key.as_bytes()))
 }
 
 /// An answer in plain text.

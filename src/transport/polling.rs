@@ -17,12 +17,13 @@ use hyper::{Request, Response, StatusCode};
 use super::admission::{Admission, come_back_later};
 use super::budget::Share;
 use super::io::UNFINISHED;
-use super::{Answer, PROTOBUF, text};
-use crate::agent::Sender;
+use super::{Answer, PROTOBUF, closing, text};
 use crate::agent::offer::Refusal;
+use crate::agent::{InstanceUid, Sender};
 use crate::metrics::{DecodeFailure, Refused};
+use crate::proto::AgentToServer;
 use crate::pulse::Link;
-use crate::session::{Exchanged, Origin, Services, exchange, introduce, reject, sender};
+use crate::session::{Exchange, Exchanged, Origin, Services, exchange, introduce, reject, sender};
 use crate::store::Transport;
 use crate::wire::{self, WireError};
 
@@ -41,6 +42,11 @@ pub(super) async fn poll(
 ) -> Answer {
     let limits = admission.limits();
     let (head, body) = request.into_parts();
+    if head.headers.contains_key(header::EXPECT) && announced(&body) > limits.max_message_size {
+        // It asks before it sends: it is told, and its body never comes.
+        services.metrics.decode_failures.of(DecodeFailure::TooLarge).increment(1);
+        return closing(too_large(limits.max_message_size));
+    }
     let packed = match encoding(&head.headers) {
         Ok(packed) => packed,
         Err(unknown) => {
@@ -115,25 +121,45 @@ async fn exchanged(
         remote_addr: peer,
         link: Arc::new(Link::heard_at(services.clock.tick())),
     };
+    let mut agent = agent;
+    loop {
+        match seated(services, &origin, agent, &report, body).await {
+            Exchange::Done(exchanged) => return *exchanged,
+            Exchange::Rival(uid) => agent = uid,
+        }
+    }
+}
+
+/// Takes a report through the session that waits for it in its agent's seat.
+async fn seated(
+    services: &Arc<Services>,
+    origin: &Origin,
+    agent: InstanceUid,
+    report: &AgentToServer,
+    body: &[u8],
+) -> Exchange {
     let seat = services.hub.seat(agent);
     let mut session = seat.lock().await;
-    let exchanged = exchange(services, &mut session, &origin, agent, &report, body).await;
+    let exchange = exchange(services, &mut session, origin, agent, report, body).await;
     if session.is_some() {
         services.hub.keep_seat(agent, &seat);
     } else {
         services.hub.free_seat(agent);
     }
-    exchanged
+    exchange
 }
 
 /// True for gzip, false for none; the error is an encoding nobody knows.
 fn encoding(headers: &HeaderMap) -> Result<bool, String> {
-    let name = headers.get(header::CONTENT_ENCODING).map(|value| String::from_utf8_lossy(value.as_bytes()));
-    match name.as_deref().map(str::trim) {
-        None => Ok(false),
-        Some(name) if name.eq_ignore_ascii_case("identity") || name.is_empty() => Ok(false),
-        Some(name) if name.eq_ignore_ascii_case("gzip") => Ok(true),
-        Some(name) => Err(name.to_owned()),
+    let values = headers.get_all(header::CONTENT_ENCODING).iter();
+    let values: Vec<_> = values.map(|value| String::from_utf8_lossy(value.as_bytes())).collect();
+    // Several headers are one list.
+    let name = values.join(", ");
+    match name.trim() {
+        "" => Ok(false),
+        name if name.eq_ignore_ascii_case("identity") => Ok(false),
+        name if name.eq_ignore_ascii_case("gzip") => Ok(true),
+        name => Err(name.to_owned()),
     }
 }
 
@@ -162,9 +188,14 @@ impl Unread {
     }
 }
 
+/// The length that a body announces, else 0.
+fn announced(body: &Incoming) -> usize {
+    usize::try_from(body.size_hint().exact().unwrap_or_default()).unwrap_or(usize::MAX)
+}
+
 /// Reads a body of at most `limit` bytes.
 async fn read(mut body: Incoming, limit: usize, mut share: Share) -> Result<Vec<u8>, Unread> {
-    let announced = usize::try_from(body.size_hint().exact().unwrap_or_default()).unwrap_or(usize::MAX);
+    let announced = announced(&body);
     if announced > limit {
         discard(body, limit).await;
         return Err(Unread::TooLarge);
@@ -194,7 +225,7 @@ async fn read(mut body: Incoming, limit: usize, mut share: Share) -> Result<Vec<
 }
 
 /// Reads the rest of a refused body and throws it away, within reason, so that the sender sees the answer.
-async fn discard(mut body: Incoming, limit: usize) {
+pub(super) async fn discard(mut body: Incoming, limit: usize) {
     let discarding = async {
         let mut discarded = 0;
         while let Some(Ok(frame)) = body.frame().await {
@@ -227,14 +258,21 @@ fn respond(exchanged: &Exchanged, request: &HeaderMap) -> Answer {
 /// True where the request's `Accept-Encoding` allows gzip.
 fn takes_gzip(headers: &HeaderMap) -> bool {
     let values = headers.get_all(header::ACCEPT_ENCODING).iter().filter_map(|value| value.to_str().ok());
-    values.flat_map(|value| value.split(',')).any(|coding| {
+    let (mut named, mut any) = (None, false);
+    for coding in values.flat_map(|value| value.split(',')) {
         let mut parts = coding.split(';').map(str::trim);
         let name = parts.next().unwrap_or_default();
         let refused = parts.any(|part| {
             part.strip_prefix("q=").and_then(|q| q.trim().parse::<f32>().ok()).is_some_and(|q| q <= 0.0)
         });
-        !refused && (name.eq_ignore_ascii_case("gzip") || name == "*")
-    })
+        if name.eq_ignore_ascii_case("gzip") {
+            named = Some(!refused);
+        } else if name == "*" {
+            any = !refused;
+        }
+    }
+    // The star stands for what is not named.
+    named.unwrap_or(any)
 }
 
 #[cfg(test)]
@@ -257,6 +295,7 @@ mod tests {
         assert!(takes_gzip(&headers(header::ACCEPT_ENCODING, "deflate, gzip;q=0.5")));
         assert!(takes_gzip(&headers(header::ACCEPT_ENCODING, "*")));
         assert!(!takes_gzip(&headers(header::ACCEPT_ENCODING, "gzip;q=0, br")));
+        assert!(!takes_gzip(&headers(header::ACCEPT_ENCODING, "gzip;q=0, *")));
         assert!(!takes_gzip(&HeaderMap::new()));
     }
 }

@@ -30,7 +30,7 @@ use crate::history::{EndTicket, Noticed};
 use crate::metrics::{DecodeFailure, Metrics, Refused};
 use crate::proto::{AgentToServer, ServerToAgent};
 use crate::pulse::Link;
-use crate::session::{Exchanged, Origin, Services, Session, exchange, introduce, reject, sender};
+use crate::session::{Exchange, Origin, Services, Session, exchange, introduce, reject, sender};
 use crate::store::Transport;
 use crate::wire::{self, WireError};
 
@@ -337,17 +337,28 @@ impl Agents {
             Ok(Sender::Anonymous) => return introduce(&self.services, &report).offer,
             Err(exchanged) => return exchanged.offer,
         };
+        let mut agent = agent;
+        loop {
+            match self.take_through(agent, &report, bytes).await {
+                Exchange::Done(exchanged) => return exchanged.offer,
+                Exchange::Rival(uid) => agent = uid,
+            }
+        }
+    }
+
+    /// Takes a report through the session of `agent`.
+    async fn take_through(&mut self, agent: InstanceUid, report: &AgentToServer, bytes: &Bytes) -> Exchange {
         self.speaker = Some(agent);
         let index = match self.sessions.binary_search_by_key(&agent, |(uid, _)| *uid) {
             Ok(index) => index,
             Err(_) if self.sessions.len() >= self.admission.limits().max_per_link => {
                 self.services.metrics.refused.of(Refused::PerLink).increment(1);
-                return reject(&self.services, &report.instance_uid, come_later()).offer;
+                return Exchange::Done(Box::new(reject(&self.services, &report.instance_uid, come_later())));
             }
             // The first agent of a link was admitted with it.
             Err(_) if !self.sessions.is_empty() && !self.admission.admits_newcomer(&self.services.clock) => {
                 self.services.metrics.refused.of(Refused::Rate).increment(1);
-                return reject(&self.services, &report.instance_uid, come_later()).offer;
+                return Exchange::Done(Box::new(reject(&self.services, &report.instance_uid, come_later())));
             }
             Err(index) => {
                 self.sessions.insert(index, (agent, None));
@@ -355,12 +366,11 @@ impl Agents {
             }
         };
         let slot = &mut self.sessions[index].1;
-        let Exchanged { offer, .. } =
-            exchange(&self.services, slot, &self.origin, agent, &report, bytes).await;
+        let exchange = exchange(&self.services, slot, &self.origin, agent, report, bytes).await;
         if slot.is_none() {
             self.sessions.remove(index);
         }
-        offer
+        exchange
     }
 
     /// Answers what is no report; the sequence state stays as it is, so that the next good one shows the gap.

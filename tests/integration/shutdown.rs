@@ -197,12 +197,9 @@ async fn a_name_in_use_is_refused() {
     let _holder = TestServer::on(&database, |_| {}).await;
     let refused = Process::refused(&database, &[("OPAMP_NODE_LEASE", "200ms")]).await;
     assert_eq!(refused.0, Some(1));
-    assert!(
-        refused
-            .1
-            .iter()
-            .any(|entry| entry["message"].as_str().is_some_and(|text| text.contains("in use by another opamp-server")))
-    );
+    assert!(refused.1.iter().any(|entry| {
+        entry["message"].as_str().is_some_and(|text| text.contains("in use by another opamp-server"))
+    }));
 }
 
 /// What a container's healthcheck asks is answered by the server of the same configuration, and by no other.

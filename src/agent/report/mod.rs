@@ -155,7 +155,14 @@ pub struct AgentState {
     digests: [Option<NonZeroU64>; Part::ALL.len()],
     /// Digest of the last report's bytes, to recognise a retransmission.
     last_report: Option<u64>,
+    /// The number before the last gap: two agents that share a uid and a link go on from there by turns.
+    rival: Option<u64>,
+    /// How many gaps in a row led back to the number before the gap.
+    swaps: u8,
 }
+
+/// After so many swaps the reports are those of two agents: late or lost reports of one alone lead to two.
+const RIVALRY: u8 = 3;
 
 /// What kind of report it was.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -168,11 +175,13 @@ pub enum Kind {
     Repeat,
     /// Nothing but the uid: a sign of life.
     Bare,
+    /// It continues the numbers of another agent that uses the same uid (S-049).
+    Rival,
 }
 
 impl Kind {
     /// All kinds.
-    pub const ALL: [Self; 4] = [Self::Continued, Self::Gap, Self::Repeat, Self::Bare];
+    pub const ALL: [Self; 5] = [Self::Continued, Self::Gap, Self::Repeat, Self::Bare, Self::Rival];
 
     /// The word used as metric label.
     #[must_use]
@@ -182,6 +191,7 @@ impl Kind {
             Self::Gap => "gap",
             Self::Repeat => "repeat",
             Self::Bare => "bare",
+            Self::Rival => "rival",
         }
     }
 }
@@ -217,7 +227,20 @@ impl AgentState {
             known: agent.parts,
             digests: [None; Part::ALL.len()],
             last_report: None,
+            rival: None,
+            swaps: 0,
         }
+    }
+
+    /// The number of the last report.
+    #[must_use]
+    pub fn number(&self) -> Option<u64> {
+        self.number
+    }
+
+    /// Notes the number to which the other agent with this uid has come: its next report is told by it.
+    pub fn set_aside(&mut self, number: u64) {
+        (self.rival, self.swaps) = (Some(number), RIVALRY);
     }
 
     /// The number to store beside the state: none while something may be missing, so that a restart asks again.
@@ -262,8 +285,18 @@ impl AgentState {
             change.kind = Kind::Repeat;
             return (next, change);
         }
+        let gap = self.breaks_numbers(report.sequence_num);
+        if gap {
+            let returns = self.rival.is_some_and(|rival| rival.wrapping_add(1) == report.sequence_num);
+            next.swaps = if returns { self.swaps.saturating_add(1) } else { 0 };
+            next.rival = self.number;
+            if next.swaps >= RIVALRY {
+                change.kind = Kind::Rival;
+                return (next, change);
+            }
+        }
         let present = next.replace_parts(report, &mut change);
-        if self.breaks_numbers(report.sequence_num) {
+        if gap {
             change.kind = Kind::Gap;
             change.ask_full_state = true;
             next.stale = true;

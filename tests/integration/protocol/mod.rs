@@ -1,5 +1,6 @@
 //! The OpAMP rules this server keeps, each held by a test that bears its number, over real sockets.
 
+mod clones;
 mod ends;
 mod framing;
 mod identity;

@@ -62,6 +62,8 @@ conformance! {
         a_known_agent_keeps_number_parts_and_capabilities(store),
         a_newcomer_takes_over_at_once(store),
         a_proof_in_memory_beats_an_older_one_on_record(store),
+        who_continues_the_displaced_numbers_is_another_agent(store),
+        near_numbers_prove_nothing_before_the_third_displacement(store),
         a_newcomer_ends_the_row_of_a_gone_node_as_server_lost(store),
         a_late_end_of_a_displaced_connection_changes_nothing(database),
         an_end_queued_ahead_of_a_newcomer_keeps_its_reason(store),

@@ -5,12 +5,14 @@ use std::sync::Arc;
 use opamp_server::agent::Capabilities;
 use opamp_server::agent::report::{Part, PartSet};
 use opamp_server::close::CloseReason;
-use opamp_server::store::{Displaced, NewConnection, Status, StatusChange, Store, Transport, Write};
+use opamp_server::store::{
+    Displaced, NewConnection, Older, Rival, Status, StatusChange, Store, Transport, Write, Written,
+};
 use serde_json::json;
 
 use super::scene::{
     Node, assert_true_history, at, create, delete, end, history, only_row, opened, report, row, status_log,
-    uid, update,
+    uid, update, write_one,
 };
 use crate::harness::Database;
 
@@ -89,8 +91,9 @@ pub(super) async fn a_newcomer_takes_over_at_once(store: Arc<dyn Store>) {
 /// The node that held the older link knows more than the store: its last proof counts.
 pub(super) async fn a_proof_in_memory_beats_an_older_one_on_record(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
-    node.open(uid(1), at(10)).await;
-    let newcomer = NewConnection { last_proof: Some(at(19)), ..node.arrival(uid(1), at(20)) };
+    let held = node.open(uid(1), at(10)).await;
+    let older = Older { connection_id: held.connection_id, last_proof: at(19), number: None };
+    let newcomer = NewConnection { older: Some(older), ..node.arrival(uid(1), at(20)) };
     create(&store, newcomer).await;
     assert_eq!(history(&store, uid(1)).await[0].disconnected_at, Some(at(19)));
 }
@@ -233,4 +236,53 @@ pub(super) async fn an_opening_sees_what_was_committed_while_it_waited(database:
     assert_eq!(newer.agent.sequence_num, Some(7));
     assert_eq!(newer.displaced.map(|displaced| displaced.duration_seconds), Some(10));
     assert_eq!(history(&store, uid(1)).await[0].disconnected_at, Some(at(20)));
+}
+
+/// The displaced agent that comes back to its own numbers while another one is connected is another agent:
+/// nothing is opened, the present connection stays, and the uid it is given is the same each time.
+pub(super) async fn who_continues_the_displaced_numbers_is_another_agent(store: Arc<dyn Store>) {
+    let (a, b) = (Node::start(&store, "a", at(0)).await, Node::start(&store, "b", at(0)).await);
+    let first = a.open(uid(1), at(10)).await;
+    let mut said = report(&first, uid(1), at(11));
+    said.sequence_num = Some(100);
+    update(&store, said).await;
+    let present = b.open(uid(1), at(20)).await;
+    let mut said = report(&present, uid(1), at(21));
+    said.sequence_num = Some(5);
+    update(&store, said).await;
+    let returning =
+        |number, spare| NewConnection { number, spare: Some(uid(spare)), ..a.arrival(uid(1), at(30)) };
+    for (number, spare, offers) in [(101, 7, 1), (102, 8, 2)] {
+        let written = write_one(&store, Write::CreateConnection(returning(number, spare)))
+            .await
+            .expect("it is answered");
+        let Written::Rival(rival) = written else { panic!("it is another agent: {written:?}") };
+        assert_eq!(rival, Rival { uid: uid(7), offers });
+    }
+    assert_eq!(row(&store, uid(1)).await.connection_id, Some(present.connection_id));
+    assert_eq!(history(&store, uid(1)).await.len(), 2);
+    let late = NewConnection { at: at(100), ..returning(103, 9) };
+    let opened = create(&store, late).await;
+    assert_eq!(
+        opened.displaced.map(|displaced| displaced.connection_id),
+        Some(present.connection_id),
+        "a minute later"
+    );
+}
+
+/// Numbers that are near each other may be those of one agent whose connections arrive out of order.
+pub(super) async fn near_numbers_prove_nothing_before_the_third_displacement(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    let arrive = |number, seconds| NewConnection { number, ..node.arrival(uid(1), at(seconds)) };
+    let mut seconds = 10;
+    for number in [0_u64, 0, 1, 1] {
+        let opened = create(&store, arrive(number, seconds)).await;
+        let mut said = report(&opened, uid(1), at(seconds + 1));
+        said.sequence_num = Some(number);
+        update(&store, said).await;
+        seconds += 2;
+    }
+    let written =
+        write_one(&store, Write::CreateConnection(arrive(2, seconds))).await.expect("it is answered");
+    assert!(matches!(written, Written::Rival(Rival { offers: 1, .. })), "{written:?}");
 }

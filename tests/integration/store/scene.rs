@@ -78,7 +78,9 @@ impl Node {
             node_id: self.id,
             node_seq: self.openings.fetch_add(1, Ordering::Relaxed),
             at,
-            last_proof: None,
+            number: 0,
+            older: None,
+            spare: Some(InstanceUid::generate()),
             first_poll: None,
         }
     }

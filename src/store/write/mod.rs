@@ -5,6 +5,8 @@
 //! rows, inserts, and sets the fence last. Decisions are made in Rust under these locks, so that
 //! both databases decide alike. The statements know nothing of links or sessions.
 
+mod decide;
+
 use std::collections::HashMap;
 use std::time::Duration;
 
@@ -16,12 +18,14 @@ use uuid::Uuid;
 use super::dialect::{Column, Dialect, SqlStore, batch, bounded, failure, rows, sql};
 use super::status_log::log_row;
 use super::{ConnectionRow, HistoryFilter, Page, PageRequest, PolledConnection, StatusChange, Transport};
-use super::{ConnectionStore, Status, StoreError};
+use super::{ConnectionStore, StoreError};
 use crate::agent::document::Documents;
-use crate::agent::report::{KnownAgent, Part, PartSet};
+use crate::agent::report::KnownAgent;
 use crate::agent::{Capabilities, InstanceUid};
 use crate::clock::Moment;
-use crate::close::{Cause, CloseReason};
+use crate::close::CloseReason;
+use decide::{Arrival, Effects, Newcomer, RowEnd, end_of_stay, welcome};
+pub(super) use decide::{LockedAgent, OpenRow};
 
 /// One write of a batch. Stages run in this order: updates, ends, openings.
 #[derive(Clone, Debug)]
@@ -113,11 +117,35 @@ pub struct NewConnection {
     pub node_seq: i64,
     /// When its first report came.
     pub at: Moment,
-    /// The last proof of an older connection that this node holds.
-    pub last_proof: Option<Moment>,
+    /// The number of its first report.
+    pub number: u64,
+    /// What this node knows of an older connection that it holds.
+    pub older: Option<Older>,
+    /// The uid that is given to its agent where two agents share one; none where it would not understand.
+    pub spare: Option<InstanceUid>,
     /// For polls: how long a poller may be silent whose pace is not on record. An open connection
     /// over plain HTTP that was heard within its time goes on.
     pub first_poll: Option<Duration>,
+}
+
+/// What a node knows better than the store of a connection that it holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Older {
+    /// Which connection.
+    pub connection_id: i64,
+    /// The last proof that it was connected.
+    pub last_proof: Moment,
+    /// The number of its last report.
+    pub number: Option<u64>,
+}
+
+/// Two agents share an instance uid, and this one of them is to use another (S-049).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rival {
+    /// The uid that it is to use.
+    pub uid: InstanceUid,
+    /// How often it was told so, this time included.
+    pub offers: u32,
 }
 
 /// An opened connection.
@@ -170,153 +198,8 @@ pub enum Written {
     Connection(Ended),
     /// The opened connection.
     Created(Box<Opened>),
-}
-
-/// An agent's row as locked at the start of a transaction.
-#[derive(Clone, Debug, FromRow)]
-#[expect(clippy::struct_excessive_bools, reason = "which parts are stored, a column each")]
-pub(super) struct LockedAgent {
-    #[sqlx(try_from = "Uuid")]
-    pub(super) id: InstanceUid,
-    #[sqlx(try_from = "String")]
-    pub(super) status: Status,
-    connection_id: Option<i64>,
-    capabilities: i64,
-    pub(super) sequence_num: Option<i64>,
-    pub(super) last_seen_at: Option<Moment>,
-    poll_silence_ms: Option<i64>,
-    last_connected_at: Option<Moment>,
-    pub(super) updated_at: Moment,
-    /// An operator deleted it; its open connection is to end.
-    delete_ordered: bool,
-    has_description: bool,
-    has_health: bool,
-    has_effective_config: bool,
-    has_remote_config_status: bool,
-    has_package_statuses: bool,
-    has_custom_capabilities: bool,
-    has_components: bool,
-    has_connection_settings_status: bool,
-}
-
-impl LockedAgent {
-    fn poll_silence(&self) -> Option<Duration> {
-        self.poll_silence_ms.map(|ms| Duration::from_millis(ms.unsigned_abs()))
-    }
-
-    fn known(&self) -> KnownAgent {
-        let stored = [
-            (self.has_description, Part::Description),
-            (self.has_health, Part::Health),
-            (self.has_effective_config, Part::EffectiveConfig),
-            (self.has_remote_config_status, Part::RemoteConfigStatus),
-            (self.has_package_statuses, Part::PackageStatuses),
-            (self.has_custom_capabilities, Part::CustomCapabilities),
-            (self.has_components, Part::AvailableComponents),
-            (self.has_connection_settings_status, Part::ConnectionSettingsStatus),
-        ];
-        KnownAgent {
-            known: self.last_connected_at.is_some(),
-            sequence_num: self.sequence_num.map(i64::cast_unsigned),
-            capabilities: Capabilities(self.capabilities.cast_unsigned()),
-            parts: PartSet::of(stored.into_iter().filter_map(|(has, part)| has.then_some(part))),
-        }
-    }
-}
-
-/// An open row of the history.
-#[derive(Clone, Copy, Debug, FromRow)]
-pub(super) struct OpenRow {
-    pub(super) id: i64,
-    #[sqlx(try_from = "Uuid")]
-    pub(super) agent_id: InstanceUid,
-    pub(super) connected_at: Moment,
-    #[sqlx(try_from = "String")]
-    pub(super) transport: Transport,
-    node_id: Option<Uuid>,
-    node_seq: i64,
-    created_at: Moment,
-    pub(super) node_gone: bool,
-}
-
-impl OpenRow {
-    /// True where `new` is the opening that made this row, done again because its answer was lost.
-    fn is_of(&self, new: &NewConnection) -> bool {
-        let same_node = match new.transport {
-            Transport::Websocket => self.node_id == Some(new.node_id),
-            Transport::Http => self.created_at == new.at,
-        };
-        same_node && self.transport == new.transport && self.node_seq == new.node_seq
-    }
-}
-
-/// The end of a row, as decided.
-#[derive(Clone, Copy, Debug)]
-struct RowEnd {
-    at: Moment,
-    by: Option<Moment>,
-    reason: CloseReason,
-    duration_seconds: i64,
-}
-
-impl RowEnd {
-    fn new(row: &OpenRow, reason: CloseReason, at: Moment, by: Option<Moment>) -> Self {
-        let at = at.max(row.connected_at);
-        let duration_seconds = i64::try_from(at.since(row.connected_at).as_secs()).unwrap_or(i64::MAX);
-        Self {
-            at,
-            by: by.map(|by| by.max(at)),
-            reason,
-            duration_seconds: duration_seconds.min(i64::from(i32::MAX)),
-        }
-    }
-
-    /// When the end was known.
-    fn known_at(&self) -> Moment {
-        self.by.unwrap_or(self.at)
-    }
-
-    fn row(&self, connection_id: i64) -> Value {
-        json!([
-            connection_id,
-            self.at.as_micros(),
-            self.by.map(Moment::as_micros),
-            self.duration_seconds,
-            self.reason.label()
-        ])
-    }
-}
-
-/// What a newcomer does to the open row it finds; `None` where it goes on with it.
-fn displacement(
-    row: &OpenRow,
-    agent: &LockedAgent,
-    new: &NewConnection,
-    connected_at: Moment,
-) -> Option<RowEnd> {
-    let proof = agent.last_seen_at.max(new.last_proof).unwrap_or(row.connected_at).min(connected_at);
-    if row.is_of(new) {
-        return None;
-    }
-    let polls_on = row.transport == Transport::Http && new.transport == Transport::Http;
-    let reason = match new.first_poll {
-        Some(first) if polls_on && proof.after(agent.poll_silence().unwrap_or(first)) >= connected_at => {
-            return None;
-        }
-        Some(_) if polls_on => CloseReason::HeartbeatTimeout,
-        _ if row.node_gone => CloseReason::ServerLost,
-        _ => CloseReason::Superseded,
-    };
-    Some(RowEnd::new(row, reason, proof, Some(connected_at)))
-}
-
-/// What the ends of a batch make of the agents' rows.
-#[derive(Default)]
-struct Effects {
-    rows: Vec<Value>,
-    agents: Vec<Value>,
-    log: Vec<Value>,
-    sightings: Vec<(InstanceUid, Moment, Option<u64>)>,
+    /// Nothing was opened: it comes from another agent than the connected one.
+    Rival(Rival),
 }
 
 /// The JSON form of a number as stored: 64 bits, the sign is only a reading.
@@ -446,9 +329,7 @@ where
             .map(|write| match write {
                 Write::UpdateAgent(update) => Some(Written::Agent(stored.contains(&update.agent))),
                 Write::UpdateConnection(end) => ended.remove(&end.connection_id).map(Written::Connection),
-                Write::CreateConnection(new) => {
-                    opened.remove(&new.agent).map(|new| Written::Created(Box::new(new)))
-                }
+                Write::CreateConnection(new) => opened.remove(&new.agent),
             })
             .collect::<Option<Vec<_>>>()
             .ok_or_else(|| StoreError::Corrupt("a batch was answered incompletely".to_owned()))
@@ -489,6 +370,7 @@ where
         let values = agents.iter().map(|agent| json!([agent])).collect();
         let text = format!(
             "SELECT a.id, a.status, a.connection_id, a.capabilities, l.sequence_num, l.last_seen_at, l.poll_silence_ms,
+                    a.displaced_at, a.displaced_number, a.swaps, a.rival_id, a.rival_offers,
                     a.last_connected_at, a.updated_at,
                     coalesce(a.close_connection = a.connection_id AND a.close_reason = 'deleted', false) AS delete_ordered,
                     a.description IS NOT NULL AS has_description,
@@ -704,20 +586,23 @@ where
         tx: &mut Transaction<'_, D>,
         news: &[&NewConnection],
         agents: &HashMap<InstanceUid, LockedAgent>,
-    ) -> Result<HashMap<InstanceUid, Opened>, StoreError> {
+    ) -> Result<HashMap<InstanceUid, Written>, StoreError> {
         if news.is_empty() {
             return Ok(HashMap::new());
         }
         let open =
             Self::open_rows(tx, "agent_id", news.iter().map(|new| json!([new.agent])).collect()).await?;
         let open: HashMap<InstanceUid, OpenRow> = open.into_iter().map(|row| (row.agent_id, row)).collect();
-        let newcomers: Vec<Newcomer<'_>> = news
-            .iter()
-            .filter_map(|new| {
-                let agent = agents.get(&new.agent)?;
-                Some(welcome(new, agent, open.get(&new.agent)))
-            })
-            .collect();
+        let (mut newcomers, mut rivals) = (Vec::new(), Vec::new());
+        for new in news {
+            let Some(agent) = agents.get(&new.agent) else { continue };
+            match welcome(new, agent, open.get(&new.agent)) {
+                Arrival::Newcomer(newcomer) => newcomers.push(*newcomer),
+                Arrival::Rival(rival) => rivals.push((*new, rival)),
+            }
+        }
+        Self::note_rivals(tx, &rivals).await?;
+        let told = rivals.into_iter().map(|(new, rival)| (new.agent, Written::Rival(rival)));
         let displaced = newcomers.iter().filter_map(|n| n.displaced.map(|(id, end)| end.row(id)));
         Self::end_rows(tx, displaced.collect()).await?;
         let ids = Self::insert_rows(tx, &newcomers).await?;
@@ -750,9 +635,34 @@ where
                         .status
                         .map(|change| StatusChange { connection_id: Some(connection_id), ..change }),
                 };
-                Some((newcomer.new.agent, opened))
+                Some((newcomer.new.agent, Written::Created(Box::new(opened))))
             })
+            .chain(told)
             .collect())
+    }
+
+    /// Notes which uid the second of two agents with one uid was given, and the number it has come to.
+    async fn note_rivals(
+        tx: &mut Transaction<'_, D>,
+        rivals: &[(&NewConnection, Rival)],
+    ) -> Result<(), StoreError> {
+        let columns = [
+            ("id", Column::Uuid),
+            ("at", Column::Moment),
+            ("number", Column::Integer),
+            ("rival", Column::Uuid),
+            ("offers", Column::Integer),
+        ];
+        let text = format!(
+            "UPDATE agents AS a SET displaced_at = r.at, displaced_number = r.number, rival_id = r.rival,
+                 rival_offers = r.offers
+             FROM {} r WHERE a.id = r.id",
+            rows::<D>(&columns)
+        );
+        let values = rivals.iter().map(|(new, rival)| {
+            json!([new.agent, new.at.as_micros(), new.number.cast_signed(), rival.uid, rival.offers])
+        });
+        Self::execute(tx, text, values.collect()).await
     }
 
     /// Inserts the rows of newcomers that do not go on with an open one; answers their ids.
@@ -808,9 +718,18 @@ where
             ("connected_at", Column::Moment),
             ("disconnected_at", Column::Moment),
             ("reason", Column::Text),
+            ("displaced_at", Column::Moment),
+            ("displaced_number", Column::Integer),
+            ("swaps", Column::Integer),
+            ("fresh", Column::Boolean),
         ];
         let text = format!(
             "UPDATE agents AS a SET connection_id = r.connection_id, status = 'online',
+                 displaced_at = coalesce(r.displaced_at, a.displaced_at),
+                 displaced_number = CASE WHEN r.displaced_at IS NULL THEN a.displaced_number ELSE r.displaced_number END,
+                 swaps = coalesce(r.swaps, a.swaps),
+                 rival_id = CASE WHEN r.fresh THEN NULL ELSE a.rival_id END,
+                 rival_offers = CASE WHEN r.fresh THEN 0 ELSE a.rival_offers END,
                  close_connection = CASE WHEN a.close_connection = r.connection_id THEN a.close_connection END,
                  close_reason = CASE WHEN a.close_connection = r.connection_id THEN a.close_reason END,
                  status_since = CASE WHEN r.changed THEN r.at ELSE a.status_since END,
@@ -832,7 +751,11 @@ where
                 newcomer.status.is_some(),
                 newcomer.continues.is_none().then_some(newcomer.at.as_micros()),
                 ended.map(|end| end.at.as_micros()),
-                ended.map(|end| end.reason.label())
+                ended.map(|end| end.reason.label()),
+                ended.map(|_| newcomer.at.as_micros()),
+                newcomer.left_at_number.map(u64::cast_signed),
+                ended.map(|_| newcomer.swaps),
+                ended.is_some() && newcomer.swaps == 0
             ])
         });
         Self::execute(tx, text, values.collect()).await?;
@@ -856,82 +779,4 @@ where
         });
         Self::execute(tx, text, seen.collect()).await
     }
-}
-
-/// What the end of the connection that holds the fence makes of its agent.
-fn end_of_stay(
-    end: &ConnectionEnd,
-    decided: &RowEnd,
-    agent: &mut LockedAgent,
-    effects: &mut Effects,
-) -> Option<StatusChange> {
-    if agent.connection_id != Some(end.connection_id) {
-        return None;
-    }
-    // A delete that was ordered holds, whatever ended the connection first.
-    let retires = matches!(end.reason, CloseReason::UidReassigned | CloseReason::Deleted);
-    let to = if retires || agent.delete_ordered {
-        Status::Retired
-    } else if end.reason.cause() == Cause::Agent {
-        Status::Offline
-    } else {
-        agent.status
-    };
-    let change = (to != agent.status).then(|| StatusChange {
-        agent: end.agent,
-        from: Some(agent.status),
-        to,
-        reason: if agent.delete_ordered { CloseReason::Deleted } else { end.reason }.label().to_owned(),
-        connection_id: Some(end.connection_id),
-    });
-    let at = decided.known_at();
-    let offline_at = end.offline_at.filter(|_| to == Status::Online);
-    effects.log.extend(change.iter().map(|change| log_row(change, at, Some(end.node_id))));
-    effects.sightings.push((end.agent, end.last_seen_at, end.sequence_num));
-    effects.agents.push(json!([
-        end.agent,
-        to.label(),
-        change.is_some(),
-        at.as_micros(),
-        decided.at.as_micros(),
-        end.reason.label(),
-        offline_at.map(Moment::as_micros)
-    ]));
-    agent.status = to;
-    agent.connection_id = None;
-    agent.delete_ordered = false;
-    agent.updated_at = agent.updated_at.max(at);
-    agent.last_seen_at = agent.last_seen_at.max(Some(end.last_seen_at));
-    agent.sequence_num = stored_number(end.sequence_num);
-    change
-}
-
-/// A newcomer as decided, before its row exists.
-struct Newcomer<'a> {
-    new: &'a NewConnection,
-    agent: &'a LockedAgent,
-    /// Its first report, not before anything on record.
-    at: Moment,
-    displaced: Option<(i64, RowEnd)>,
-    /// The open row with which it goes on.
-    continues: Option<OpenRow>,
-    status: Option<StatusChange>,
-}
-
-/// Decides what a newcomer does to what is on record.
-fn welcome<'a>(new: &'a NewConnection, agent: &'a LockedAgent, open: Option<&OpenRow>) -> Newcomer<'a> {
-    // Whatever is on record for this agent came before.
-    let at = agent.updated_at.max(new.at);
-    let displaced = open.and_then(|row| Some((row.id, displacement(row, agent, new, at)?)));
-    let continues = open.copied().filter(|_| displaced.is_none());
-    let at = displaced.map_or(at, |(_, end)| at.max(end.at));
-    let first = agent.last_connected_at.is_none();
-    let status = (first || agent.status != Status::Online).then(|| StatusChange {
-        agent: new.agent,
-        from: (!first).then_some(agent.status),
-        to: Status::Online,
-        reason: if first { "first_report" } else { "returned" }.to_owned(),
-        connection_id: None,
-    });
-    Newcomer { new, agent, at, displaced, continues, status }
 }
