@@ -184,6 +184,9 @@ const ROW: &str = "a.id, a.name, a.host, a.status, a.status_since, a.offline_at,
     a.last_connected_at, a.last_disconnected_at, a.disconnect_reason, a.previous_id, a.retired_at, a.created_at,
     a.updated_at";
 
+const JOINED: &str = " FROM agents a LEFT JOIN agent_liveness l ON l.agent_id = a.id
+    LEFT JOIN agent_connection_history c ON c.id = a.connection_id";
+
 const LIVENESS: &str = " LEFT JOIN agent_liveness l ON l.agent_id = a.id";
 
 const CONNECTION: &str = " LEFT JOIN agent_connection_history c ON c.id = a.connection_id";
@@ -221,27 +224,14 @@ where
 {
     async fn get_agent(&self, agent: InstanceUid) -> Result<Option<AgentDetail>, StoreError> {
         let mut query = QueryBuilder::<D>::new("SELECT ");
-        query
-            .push(ROW)
-            .push(DETAIL)
-            .push(" FROM agents a")
-            .push(LIVENESS)
-            .push(CONNECTION)
-            .push(" WHERE a.id = ")
-            .push_bind(agent.as_uuid());
+        query.push(ROW).push(DETAIL).push(JOINED).push(" WHERE a.id = ").push_bind(agent.as_uuid());
         bounded(async { query.build_query_as().fetch_optional(&self.readers).await.map_err(failure::<D>) })
             .await
     }
 
     async fn get_agent_row(&self, agent: InstanceUid) -> Result<Option<AgentRow>, StoreError> {
         let mut query = QueryBuilder::<D>::new("SELECT ");
-        query
-            .push(ROW)
-            .push(" FROM agents a")
-            .push(LIVENESS)
-            .push(CONNECTION)
-            .push(" WHERE a.id = ")
-            .push_bind(agent.as_uuid());
+        query.push(ROW).push(JOINED).push(" WHERE a.id = ").push_bind(agent.as_uuid());
         bounded(async { query.build_query_as().fetch_optional(&self.readers).await.map_err(failure::<D>) })
             .await
     }
@@ -462,13 +452,7 @@ pub(super) fn select_agents<D>(
     for<'q> Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    query
-        .push("SELECT ")
-        .push(ROW)
-        .push(" FROM agents a")
-        .push(LIVENESS)
-        .push(CONNECTION)
-        .push(" WHERE true");
+    query.push("SELECT ").push(ROW).push(JOINED).push(" WHERE true");
     narrow(query, filter);
     if let Some(after) = page.after {
         query.push(" AND a.id > ").push_bind(after.as_uuid());

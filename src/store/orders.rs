@@ -4,6 +4,8 @@
 //! one. It is written under the lock of the agent's row and announced in the same transaction;
 //! whoever holds the connection carries it out. What nobody holds is ended here, at once.
 
+use std::collections::HashMap;
+
 use async_trait::async_trait;
 use serde_json::{Value, json};
 use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, QueryBuilder, Transaction, Type};
@@ -273,13 +275,13 @@ where
         let agents = Self::read_agents(&mut tx, &found).await?;
         let keys = found.iter().map(|agent| json!([agent])).collect();
         let open = Self::open_rows(&mut tx, "agent_id", keys).await?;
+        let open: HashMap<InstanceUid, OpenRow> = open.into_iter().map(|row| (row.agent_id, row)).collect();
         let mut done = Deleted { found: found.len() as u64, ..Deleted::default() };
         done.next = found.last().copied().filter(|_| found.len() == DELETES_PER_COMMIT);
         let mut plan = Plan::default();
         for id in found {
             let Some(agent) = agents.get(&id) else { continue };
-            let held = open.iter().find(|row| row.agent_id == id);
-            match held {
+            match open.get(&id) {
                 None if agent.status == Status::Retired => continue,
                 None => done.changes.push(plan.retire(agent, deletion)),
                 Some(_) if !deletion.force => {
@@ -315,7 +317,7 @@ where
     async fn carry_out(
         tx: &mut Transaction<'_, D>,
         plan: Plan,
-        mut agents: std::collections::HashMap<InstanceUid, LockedAgent>,
+        mut agents: HashMap<InstanceUid, LockedAgent>,
         done: &mut Deleted,
     ) -> Result<(), StoreError> {
         let text = format!(

@@ -58,6 +58,7 @@ on_both! {
         an_agent_that_left_is_deleted,
         many_are_deleted_by_filter,
         a_body_of_another_type_is_refused,
+        orders_need_the_store,
     }
     nodes {
         all_agents_come_in_one_array,

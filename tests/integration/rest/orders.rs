@@ -85,6 +85,7 @@ pub(super) async fn who_has_no_websocket_is_not_made_to_reconnect(database: &Dat
     let answer = server.ask("POST", &target, &[]).await;
     assert_eq!(assert_problem(&answer, 400, "bad-parameter")["parameter"], "force");
     assert_eq!(server.status(polling.uid).await["connected"], true, "nothing happened to it");
+    drop(socket);
     server.stop().await.expect("it stops");
 }
 
@@ -154,6 +155,7 @@ pub(super) async fn a_polling_agent_is_deleted_by_force(database: &Database) {
     .await;
     assert_eq!(server.status(agent.uid).await["status"], "online");
     assert_one(&server, "opamp_connections_open{transport=\"http\"}").await;
+    drop(poller);
     server.stop().await.expect("it stops");
 }
 
@@ -173,6 +175,7 @@ pub(super) async fn an_agent_that_left_is_deleted(database: &Database) {
     assert_problem(&delete(&server, &unknown, "?force=true").await, 404, "agent-not-found");
     let answer = server.ask("DELETE", "/api/v1/agents/nonsense", &[]).await;
     assert_eq!(assert_problem(&answer, 400, "bad-parameter")["parameter"], "id");
+    drop(socket);
     server.stop().await.expect("it stops");
 }
 
@@ -198,6 +201,9 @@ pub(super) async fn many_are_deleted_by_filter(database: &Database) {
     }
     assert_eq!(server.read("/api/v1/agents").await["total"], 4, "nothing was deleted");
     assert_eq!(many("?q=nobody").await.json(), json!({ "deleted": 0, "skipped_connected": 0 }));
+    let every_filter =
+        "?attr.service.name=core&transport=websocket&healthy=true&status=online&connected=true";
+    assert_eq!(many(every_filter).await.json(), json!({ "deleted": 0, "skipped_connected": 0 }));
     assert_eq!(many("?q=edge").await.json(), json!({ "deleted": 1, "skipped_connected": 2 }));
     assert_eq!(server.read("/api/v1/agents").await["total"], 3);
     assert_eq!(
@@ -212,6 +218,7 @@ pub(super) async fn many_are_deleted_by_filter(database: &Database) {
         left["agents"].as_array().expect("a list").iter().map(|agent| &agent["status"]).collect();
     assert_eq!(statuses.iter().filter(|status| ***status == json!("retired")).count(), 3, "{left}");
     assert_eq!(many("?status=retired").await.json(), json!({ "deleted": 0, "skipped_connected": 0 }));
+    drop(sockets);
     server.stop().await.expect("it stops");
 }
 
@@ -240,6 +247,37 @@ pub(super) async fn a_body_of_another_type_is_refused(database: &Database) {
     assert_eq!(server.status(agent.uid).await["connected"], true);
     let json = [("Content-Type", "application/json; charset=utf-8")];
     assert_eq!(http.send("POST", &format!("{one}/reconnect"), &json, b"{}").await.status, 202);
+    drop(socket);
+    server.stop().await.expect("it stops");
+}
+
+/// An order that the store does not take in time is refused, and nothing of it happens later.
+pub(super) async fn orders_need_the_store(database: &Database) {
+    let server = TestServer::on(database, |_| {}).await;
+    let mut agent = Agent::new();
+    let (mut socket, _) = Socket::greet(&server, &agent.full()).await;
+    let raw = database.raw().await;
+    let stuck = if raw.locks_rows() { vec!["LOCK TABLE agents".to_owned()] } else { Vec::new() };
+    let held = raw.hold(&stuck).await;
+    let one = format!("/api/v1/agents/{}", agent.uid);
+    let (reconnect, delete, many) =
+        (format!("{one}/reconnect"), format!("{one}?force=true"), "/api/v1/agents?q=c");
+    let mut requests = vec![("POST", reconnect.as_str()), ("DELETE", delete.as_str()), ("DELETE", many)];
+    if raw.locks_rows() {
+        requests.extend([
+            ("GET", one.as_str()),
+            ("GET", "/api/v1/agents/summary"),
+            ("GET", "/api/agent/nodes"),
+        ]);
+    }
+    let ask = async |(method, target): (&str, &str)| {
+        let answer = server.ask(method, target, &[]).await;
+        assert_problem(&answer, 503, "store-unavailable");
+    };
+    futures_util::future::join_all(requests.into_iter().map(ask)).await;
+    held.commit().await;
+    assert!(socket.exchange(&agent.report()).await.error_response.is_none());
+    assert_eq!(server.status(agent.uid).await["connected"], true);
     drop(socket);
     server.stop().await.expect("it stops");
 }
@@ -273,6 +311,7 @@ async fn reaches_the_other_node(database: &Database, listen_url: Option<String>)
     })
     .await;
     assert_eq!(one.history(agent.uid).await.len(), 4);
+    drop(poller);
     one.stop().await.expect("it stops");
     two.stop().await.expect("it stops");
 }
@@ -288,4 +327,40 @@ async fn an_order_reaches_the_node_that_holds_the_link() {
 async fn an_order_reaches_a_node_that_cannot_listen() {
     let Some(database) = Database::postgres().await else { return };
     reaches_the_other_node(&database, Some("postgres://nobody@127.0.0.1:1/nowhere".to_owned())).await;
+}
+
+/// A node that lost the connection on which it listens does so again, and finds what it missed.
+#[tokio::test]
+async fn a_node_listens_again() {
+    let Some(database) = Database::postgres().await else { return };
+    let raw = database.raw().await;
+    let server = TestServer::on(&database, |config| {
+        config.heartbeat.check_interval = std::time::Duration::from_hours(1);
+    })
+    .await;
+    let listeners = "FROM pg_stat_activity WHERE datname = current_database() AND query LIKE 'LISTEN%'";
+    let listens = async || {
+        eventually("it listens", async || {
+            (raw.number(format!("SELECT count(*) {listeners}")).await == 1).then_some(())
+        })
+        .await;
+    };
+    listens().await;
+    let mut agent = Agent::new();
+    let (mut socket, _) = Socket::greet(&server, &agent.full()).await;
+    raw.execute(format!("SELECT pg_terminate_backend(pid) {listeners}")).await;
+    // As another node would write it while nobody listens.
+    raw.execute("UPDATE agents SET close_connection = connection_id, close_reason = 'reconnect_requested'")
+        .await;
+    assert_eq!(socket.closed().await, (1012, "reconnect_requested".to_owned()));
+    listens().await;
+    let (mut socket, _) = Socket::greet(&server, &agent.report()).await;
+    raw.execute(
+        "UPDATE agents SET close_connection = connection_id, close_reason = 'reconnect_requested';
+         SELECT pg_notify('opamp_orders', '')",
+    )
+    .await;
+    assert_eq!(socket.closed().await, (1012, "reconnect_requested".to_owned()));
+    drop(socket);
+    server.stop().await.expect("it stops");
 }
