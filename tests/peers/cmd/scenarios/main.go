@@ -12,6 +12,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"regexp"
+	"sync"
 	"syscall"
 
 	"opamp-server/tests/peers/internal/event"
@@ -87,10 +88,13 @@ func checkBuild(p programs) error {
 
 // tally prints a line per check and counts.
 type tally struct {
+	mutex          sync.Mutex // and for whoever else prints
 	passed, failed int
 }
 
 func (t *tally) check(group, name string, err error, detail string) bool {
+	t.mutex.Lock()
+	defer t.mutex.Unlock()
 	if err != nil {
 		t.failed++
 		fmt.Printf("FAIL  %s: %s: %v\n", group, name, err)
