@@ -48,6 +48,7 @@ type componentHealth struct {
 	Healthy   bool                       `json:"healthy"`
 	Status    string                     `json:"status"`
 	LastError string                     `json:"last_error"`
+	At        time.Time                  `json:"status_time"`
 	Parts     map[string]componentHealth `json:"component_health_map"`
 }
 
