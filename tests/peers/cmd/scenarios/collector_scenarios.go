@@ -24,6 +24,7 @@ var collectorScenarios = []scenario{
 	{name: "collector-server-crash", play: func(s *stage) { collectorOutlives(s, syscall.SIGKILL, "server_lost") }},
 	{name: "collector-amnesia", play: collectorMeetsAmnesia},
 	{name: "collector-token", play: collectorShowsToken},
+	{name: "collector-token-later", play: collectorIsLetInLater},
 }
 
 const (
@@ -414,14 +415,7 @@ func collectorShowsToken(s *stage) {
 	c.config.Token = "not-the-token"
 	s.start(c)
 
-	// The collector runs on and tries again for ever: over WebSocket with growing pauses, over plain HTTP at its next poll.
-	refused := []string{"error", "Server responded with status=401 Unauthorized"}
-	if s.via == plainHTTP {
-		refused = []string{"error", "invalid response from server: 401"}
-	}
-	s.need("401: the collector logs why", c.started, collectorStartLimit, c.logged(0, refused...))
-	first := c.mark()
-	s.within("401: it tries again", time.Now(), collectorStartLimit, c.logged(first, refused...))
+	s.refused(c)
 	s.check("401: it runs on", c.alive())
 	_, err := srv.status(c)
 	if unknown := new(refusal); errors.As(err, &unknown) && unknown.status == http.StatusNotFound {
@@ -438,6 +432,40 @@ func collectorShowsToken(s *stage) {
 	c.config.Token = agentsToken
 	s.reload(c)
 	s.need("the right token and SIGHUP: online and healthy", c.started, collectorStartLimit, s.ready(c))
+	s.check("one connection, open", s.rows(c, "")())
+	s.check("one record", s.alone(c))
+}
+
+// refused waits until a collector has been refused twice. It tries again for ever: over WebSocket with growing pauses, over
+// plain HTTP at its next poll.
+func (s *stage) refused(c *collector) {
+	why := []string{"error", "Server responded with status=401 Unauthorized"}
+	if s.via == plainHTTP {
+		why = []string{"error", "invalid response from server: 401"}
+	}
+	s.need("401: the collector logs why", c.started, collectorStartLimit, c.logged(0, why...))
+	first := c.mark()
+	s.need("401: it tries again", time.Now(), collectorStartLimit, c.logged(first, why...))
+}
+
+// collectorIsLetInLater: the server learns the right token while the collector knocks. Over plain HTTP the reports that were
+// refused are gone for good: the first that is let in has nothing but uid, number and capabilities.
+func collectorIsLetInLater(s *stage) {
+	srv := s.startServer()
+	c := s.configureCollector()
+	c.config.Token = "the-token-of-tomorrow"
+	s.start(c)
+	s.refused(c)
+
+	s.must("the server ends", srv.end(syscall.SIGTERM, drain+5*time.Second))
+	srv.token = c.config.Token
+	s.run()
+	s.need("let in by the new token: online and healthy", time.Now(), returnLimit, s.ready(c))
+	d, err := srv.detail(c)
+	if err == nil {
+		err = errors.Join(effective(c, d), healthTree(d.Health), inventory(d))
+	}
+	s.check("all of it is known", err)
 	s.check("one connection, open", s.rows(c, "")())
 	s.check("one record", s.alone(c))
 }

@@ -292,7 +292,7 @@ func serverForgets(s *stage) {
 	p := s.settled(usual())
 
 	mark := p.mark()
-	s.must("the server stops", srv.end(syscall.SIGTERM, drain+5*time.Second))
+	_ = srv.end(syscall.SIGKILL, 5*time.Second) // an orderly stop would ask pollers to stay away for up to a minute
 	s.must("its database goes", srv.forget())
 	s.run()
 	s.need("a server that lost its database asks for full state", time.Now(), returnLimit, func() error {

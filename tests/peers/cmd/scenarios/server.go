@@ -29,6 +29,7 @@ type server struct {
 	binary    string
 	database  string
 	log       string
+	token     string        // agents.token
 	timeout   time.Duration // heartbeat.timeout
 	agents    string        // address of the agents' listener
 	operators string        // address of the REST listener
@@ -52,6 +53,7 @@ func (s *stage) startPatientServer(timeout time.Duration) *server {
 		binary:    s.programs.server,
 		database:  filepath.Join(s.dir, "opamp-server.db"),
 		log:       filepath.Join(s.dir, "server.log"),
+		token:     agentsToken,
 		timeout:   timeout,
 		agents:    agents,
 		operators: operators,
@@ -90,7 +92,7 @@ func (s *server) launch() error {
 	s.process.Env = []string{
 		"PATH=" + os.Getenv("PATH"),
 		"OPAMP_AGENTS_LISTEN=" + s.agents,
-		"OPAMP_AGENTS_TOKEN=" + agentsToken,
+		"OPAMP_AGENTS_TOKEN=" + s.token,
 		"OPAMP_OPERATORS_LISTEN=" + s.operators,
 		"OPAMP_STORE_URL=sqlite://" + s.database,
 		"OPAMP_STORE_FLUSH_INTERVAL=" + flushInterval.String(),
