@@ -1,5 +1,6 @@
-// Command scenarios runs the reference client (cmd/agent) against the server's own binary and asks the REST API what the
-// server made of it. Every scenario has its own server, database and agent; every check is a condition with a deadline.
+// Command scenarios runs the reference client (cmd/agent) and an OpenTelemetry Collector (../collector) against the server's
+// own binary and asks the REST API what the server made of it. Every scenario has its own server, database and agent; every
+// check is a condition with a deadline.
 package main
 
 import (
@@ -12,6 +13,7 @@ import (
 	"os/exec"
 	"os/signal"
 	"regexp"
+	"sync"
 	"syscall"
 
 	"opamp-server/tests/peers/internal/event"
@@ -19,6 +21,7 @@ import (
 
 type programs struct {
 	server, agent string
+	collector     string // empty: this machine cannot build it
 	version, sum  string // of the library, as go.mod and go.sum have it
 }
 
@@ -27,6 +30,7 @@ func main() {
 	var only string
 	flag.StringVar(&p.server, "server", "", "the server's binary, by `path`")
 	flag.StringVar(&p.agent, "agent", "", "the agent's binary, by `path`")
+	flag.StringVar(&p.collector, "collector", "", "the OpenTelemetry Collector's binary, by `path`; without it, its scenarios are left out")
 	flag.StringVar(&p.version, "version", "", "the library's version that the agent must have")
 	flag.StringVar(&p.sum, "sum", "", "the library's checksum that the agent must have")
 	flag.StringVar(&only, "only", "", "run only the scenarios that match this `regexp` (\"transport/name\")")
@@ -43,8 +47,8 @@ func main() {
 
 	var t tally
 	t.check("build", "the agent is linked with the released library", checkBuild(p), p.version+" "+p.sum)
-	for _, via := range []transport{webSocket, plainHTTP} {
-		for _, s := range scenarios {
+	perform := func(via transport, all []scenario) {
+		for _, s := range all {
 			name := via.scheme + "/" + s.name
 			if ctx.Err() != nil || !wanted.MatchString(name) || (s.webSocketOnly && via != webSocket) {
 				continue
@@ -52,11 +56,29 @@ func main() {
 			play(ctx, &t, p, via, s)
 		}
 	}
+	for _, via := range []transport{webSocket, plainHTTP} {
+		perform(via, scenarios)
+	}
+	if p.collector != "" {
+		// A collector mostly waits, so both transports go side by side; what it must do within a time leaves room for that.
+		var both sync.WaitGroup
+		for _, via := range []transport{webSocket, plainHTTP} {
+			both.Add(1)
+			go func() {
+				defer both.Done()
+				perform(via, collectorScenarios)
+			}()
+		}
+		both.Wait()
+	}
 	if ctx.Err() != nil {
 		t.check("run", "not interrupted", errors.New("a signal ended it"), "")
 	}
 
 	fmt.Printf("peers: %d passed, %d failed\n", t.passed, t.failed)
+	if p.collector == "" {
+		fmt.Println("peers: the collector's scenarios were SKIPPED, there was no collector")
+	}
 	if t.failed > 0 || t.passed == 0 {
 		os.Exit(1)
 	}
@@ -87,10 +109,13 @@ func checkBuild(p programs) error {
 
 // tally prints a line per check and counts.
 type tally struct {
+	mutex          sync.Mutex // and for whoever else prints
 	passed, failed int
 }
 
 func (t *tally) check(group, name string, err error, detail string) bool {
+	t.mutex.Lock()
+	defer t.mutex.Unlock()
 	if err != nil {
 		t.failed++
 		fmt.Printf("FAIL  %s: %s: %v\n", group, name, err)

@@ -2,14 +2,11 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
 	"os/exec"
 	"strings"
-	"sync"
-	"syscall"
 	"time"
 
 	"github.com/google/uuid"
@@ -17,20 +14,12 @@ import (
 	"opamp-server/tests/peers/internal/event"
 )
 
-// peer is one running agent program.
+// peer is the reference client at work: cmd/agent, which is steered by commands and tells events.
 type peer struct {
-	uid     string
-	name    string
-	started time.Time
-
-	process *exec.Cmd
-	input   io.WriteCloser
-	exited  chan struct{} // closed at the exit
-	outcome error         // of the exit
-
-	mutex  sync.Mutex
-	events []event.Event
-	lines  bytes.Buffer // standard output and error as they came
+	running
+	name   string
+	input  io.WriteCloser
+	events []event.Event // guarded by the mutex
 }
 
 type agentOptions struct {
@@ -50,7 +39,10 @@ func (s *stage) startAgent(o agentOptions) *peer {
 		s.must("a uid", err)
 		o.uid = uid.String()
 	}
-	p := &peer{uid: o.uid, name: "peer-" + s.via.scheme, started: time.Now(), exited: make(chan struct{})}
+	p := &peer{
+		running: running{uid: o.uid, started: time.Now(), exited: make(chan struct{})},
+		name:    "peer-" + s.via.scheme,
+	}
 	p.process = exec.Command(s.programs.agent,
 		"--server", s.server.url(s.via.scheme),
 		"--uid", o.uid,
@@ -63,9 +55,9 @@ func (s *stage) startAgent(o agentOptions) *peer {
 	output, err := p.process.StdoutPipe()
 	s.must("the agent's output", err)
 	p.input = input
-	p.process.Stderr = &complaints{p}
+	p.process.Stderr = &p.running
 	s.must("the agent starts", p.process.Start())
-	s.peers = append(s.peers, p)
+	s.agents = append(s.agents, &p.running)
 	go p.listen(output)
 	return p
 }
@@ -87,43 +79,9 @@ func (p *peer) listen(output io.Reader) {
 	close(p.exited)
 }
 
-// complaints collects standard error between the events.
-type complaints struct{ *peer }
-
-func (c *complaints) Write(data []byte) (int, error) {
-	c.mutex.Lock()
-	defer c.mutex.Unlock()
-	return c.lines.Write(data)
-}
-
-func (p *peer) tail(count int) string {
-	p.mutex.Lock()
-	defer p.mutex.Unlock()
-	return lastLines(p.lines.String(), count)
-}
-
 func (s *stage) tell(p *peer, command string) {
 	_, err := io.WriteString(p.input, command+"\n")
 	s.must("the agent takes "+command, err)
-}
-
-func (p *peer) signal(signal syscall.Signal) error {
-	return p.process.Process.Signal(signal)
-}
-
-// kill is kill -9: no goodbye, no Close frame; the kernel closes the sockets.
-func (p *peer) kill() {
-	_ = p.process.Process.Kill()
-	<-p.exited
-}
-
-func (p *peer) awaitExit(limit time.Duration) error {
-	select {
-	case <-p.exited:
-		return p.outcome
-	case <-time.After(limit):
-		return fmt.Errorf("the agent still runs after %v", limit)
-	}
 }
 
 // mark is the place in the events from which a later look starts.

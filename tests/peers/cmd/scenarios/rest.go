@@ -21,28 +21,40 @@ type agentStatus struct {
 }
 
 type agentDetail struct {
-	ID          string `json:"id"`
-	Name        string `json:"name"`
-	Status      string `json:"status"`
-	Connected   bool   `json:"connected"`
-	Healthy     *bool  `json:"healthy"`
+	ID          string    `json:"id"`
+	Name        string    `json:"name"`
+	Status      string    `json:"status"`
+	Connected   bool      `json:"connected"`
+	Healthy     *bool     `json:"healthy"`
+	LastSeenAt  time.Time `json:"last_seen_at"`
 	Description struct {
 		Identifying    map[string]any `json:"identifying_attributes"`
 		NonIdentifying map[string]any `json:"non_identifying_attributes"`
 	} `json:"description"`
-	Health *struct {
-		Healthy   bool   `json:"healthy"`
-		Status    string `json:"status"`
-		LastError string `json:"last_error"`
-	} `json:"health"`
+	Health          *componentHealth `json:"health"`
 	EffectiveConfig map[string]struct {
 		Body        string `json:"body"`
 		ContentType string `json:"content_type"`
 	} `json:"effective_config"`
-	CustomCapabilities []string `json:"custom_capabilities"`
-	Capabilities       []string `json:"capabilities"`
+	CustomCapabilities  []string                    `json:"custom_capabilities"`
+	Capabilities        []string                    `json:"capabilities"`
+	ComponentsHash      string                      `json:"components_hash"`
+	AvailableComponents map[string]componentDetails `json:"available_components"`
 
 	raw string
+}
+
+type componentHealth struct {
+	Healthy   bool                       `json:"healthy"`
+	Status    string                     `json:"status"`
+	LastError string                     `json:"last_error"`
+	At        time.Time                  `json:"status_time"`
+	Parts     map[string]componentHealth `json:"component_health_map"`
+}
+
+type componentDetails struct {
+	Metadata map[string]any              `json:"metadata"`
+	Parts    map[string]componentDetails `json:"sub_component_map"`
 }
 
 type connection struct {
@@ -76,7 +88,11 @@ func text(word *string) string {
 
 // fetch reads one resource of an agent into value and returns the body as it came.
 func (s *server) fetch(uid, resource string, value any) (string, error) {
-	answer, err := s.api.Get("http://" + s.operators + "/api/v1/agents/" + uid + resource)
+	return s.get("/api/v1/agents/"+uid+resource, value)
+}
+
+func (s *server) get(path string, value any) (string, error) {
+	answer, err := s.api.Get("http://" + s.operators + path)
 	if err != nil {
 		return "", err
 	}
@@ -101,26 +117,47 @@ type refusal struct {
 
 func (r *refusal) Error() string { return fmt.Sprintf("REST answers %d: %s", r.status, r.body) }
 
-func (s *server) status(p *peer) (agentStatus, error) {
+func (s *server) status(a agent) (agentStatus, error) {
 	var status agentStatus
-	_, err := s.fetch(p.uid, "/status", &status)
+	_, err := s.fetch(a.instance(), "/status", &status)
 	return status, err
 }
 
-func (s *server) detail(p *peer) (agentDetail, error) {
+func (s *server) detail(a agent) (agentDetail, error) {
 	var detail agentDetail
-	raw, err := s.fetch(p.uid, "", &detail)
+	raw, err := s.fetch(a.instance(), "", &detail)
 	detail.raw = raw
 	return detail, err
 }
 
+// everyone lists the uids of all records there are.
+func (s *server) everyone() ([]string, error) {
+	var page struct {
+		Agents []struct {
+			ID string `json:"id"`
+		} `json:"agents"`
+		Total int `json:"total"`
+	}
+	if _, err := s.get("/api/v1/agents?include=retired", &page); err != nil {
+		return nil, err
+	}
+	uids := make([]string, 0, len(page.Agents))
+	for _, a := range page.Agents {
+		uids = append(uids, a.ID)
+	}
+	if page.Total != len(uids) {
+		return uids, fmt.Errorf("total is %d, records are %d", page.Total, len(uids))
+	}
+	return uids, nil
+}
+
 // history is the agent's connections, newest first; it fails if they contradict each other.
-func (s *server) history(p *peer) ([]connection, error) {
+func (s *server) history(a agent) ([]connection, error) {
 	var page struct {
 		Connections []connection `json:"connections"`
 		Total       int          `json:"total"`
 	}
-	if _, err := s.fetch(p.uid, "/connection-history", &page); err != nil {
+	if _, err := s.fetch(a.instance(), "/connection-history", &page); err != nil {
 		return nil, err
 	}
 	if page.Total != len(page.Connections) {
@@ -158,22 +195,22 @@ func consistent(rows []connection) error {
 	return nil
 }
 
-func (s *server) transitions(p *peer) ([]transition, error) {
+func (s *server) transitions(a agent) ([]transition, error) {
 	var page struct {
 		Transitions []transition `json:"transitions"`
 	}
-	_, err := s.fetch(p.uid, "/status-history", &page)
+	_, err := s.fetch(a.instance(), "/status-history", &page)
 	return page.Transitions, err
 }
 
 // online: the verdict and the observation agree that the agent is there.
-func (s *server) online(p *peer) func() error {
+func (s *server) online(a agent) func() error {
 	return func() error {
-		status, err := s.status(p)
+		status, err := s.status(a)
 		switch {
 		case err != nil:
 			return err
-		case status.AgentID != p.uid:
+		case status.AgentID != a.instance():
 			return fmt.Errorf("the status is that of %s", status.AgentID)
 		case status.Status != "online" || !status.Connected:
 			return fmt.Errorf("status %s, connected %t", status.Status, status.Connected)
@@ -185,9 +222,9 @@ func (s *server) online(p *peer) func() error {
 }
 
 // offline: so says the status, with that reason, and the newest row is closed with it.
-func (s *server) offline(p *peer, reason string) func() error {
+func (s *server) offline(a agent, reason string) func() error {
 	return func() error {
-		status, err := s.status(p)
+		status, err := s.status(a)
 		switch {
 		case err != nil:
 			return err
@@ -196,7 +233,7 @@ func (s *server) offline(p *peer, reason string) func() error {
 		case text(status.DisconnectReason) != reason:
 			return fmt.Errorf("disconnect_reason is %s, not %s", text(status.DisconnectReason), reason)
 		}
-		rows, err := s.history(p)
+		rows, err := s.history(a)
 		switch {
 		case err != nil:
 			return err

@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"os"
 	"slices"
 	"strings"
 	"syscall"
@@ -35,9 +34,6 @@ const (
 
 	// The library backs off by itself; a server that is stopping may also ask pollers to stay away for up to 60 s.
 	returnLimit = 65 * time.Second
-
-	// Twice the time-out is what the server grants agents to come back; below that, none may be called offline.
-	graceful = 2*heartbeatTimeout - time.Second
 
 	// REST moments have milliseconds, and a report is on its way for a moment.
 	slack = 500 * time.Millisecond
@@ -191,7 +187,7 @@ func stops(s *stage) {
 		s.check("the end was seen, duration_seconds is there", err)
 	} else {
 		s.need("offline by its deadline, heartbeat_timeout", stopped, pollerSilentLimit, srv.offline(p, "heartbeat_timeout"))
-		s.checkf("the end was not seen, duration_seconds is there", s.endedUnseen(p),
+		s.checkf("the end was not seen, duration_seconds is there", s.endedWithLastPoll(p),
 			"this library version sends no agent_disconnect over %s", s.via.label)
 	}
 	s.check("the library understands all it hears", p.sane())
@@ -215,7 +211,7 @@ func crashes(s *stage) {
 		return
 	}
 	s.need("offline by its deadline, heartbeat_timeout", killed, pollerSilentLimit, srv.offline(p, "heartbeat_timeout"))
-	s.check("the row ends with the last poll, disconnected_by says when that was known", s.endedUnseen(p))
+	s.check("the row ends with the last poll, disconnected_by says when that was known", s.endedWithLastPoll(p))
 }
 
 // serverRestarts: SIGTERM and a new start.
@@ -242,7 +238,7 @@ func serverRestarts(s *stage) {
 	s.need("the agent returns by itself", ready, returnLimit, s.returned(p, mark))
 	back := time.Now()
 
-	s.check("the history tells the restart", s.historyOver(p, before, mark, "server_shutdown"))
+	s.check("the history tells the restart", s.historyOver(p, before, p.away(mark), "server_shutdown"))
 	s.check("the restart made nobody offline", s.neverOffline(p, ready, back))
 
 	if reports := p.since(mark, event.Report); s.via == webSocket {
@@ -284,7 +280,7 @@ func serverCrashes(s *stage) {
 	s.need("kill -9 of the server: the agent returns by itself", ready, returnLimit, s.returned(p, mark))
 	back := time.Now()
 
-	s.check("the history tells the crash", s.historyOver(p, before, mark, "server_lost"))
+	s.check("the history tells the crash", s.historyOver(p, before, p.away(mark), "server_lost"))
 	s.check("the crash made nobody offline", s.neverOffline(p, ready, back))
 	s.check("the library understands all it hears", p.sane())
 }
@@ -296,10 +292,8 @@ func serverForgets(s *stage) {
 	p := s.settled(usual())
 
 	mark := p.mark()
-	s.must("the server stops", srv.end(syscall.SIGTERM, drain+5*time.Second))
-	for _, suffix := range []string{"", "-wal", "-shm", ".lock"} {
-		_ = os.Remove(srv.database + suffix)
-	}
+	_ = srv.end(syscall.SIGKILL, 5*time.Second) // an orderly stop would ask pollers to stay away for up to a minute
+	s.must("its database goes", srv.forget())
 	s.run()
 	s.need("a server that lost its database asks for full state", time.Now(), returnLimit, func() error {
 		if p.askedForFullState(mark) == nil {
@@ -333,17 +327,8 @@ func fallsSilent(s *stage) {
 	s.must("SIGSTOP", p.signal(syscall.SIGSTOP))
 	s.need("SIGSTOP: offline within the time-out and 1s, heartbeat_timeout", stopped, heartbeatTimeout+time.Second,
 		srv.offline(p, "heartbeat_timeout"))
-	row := s.newest(p)
-	var err error
-	switch {
-	case row.DisconnectedBy == nil:
-		err = errors.New("disconnected_by is missing")
-	case row.DisconnectedAt.After(stopped.Add(slack)):
-		err = fmt.Errorf("it ended at %v, after the agent fell silent", row.DisconnectedAt)
-	case row.DisconnectedBy.Sub(*row.DisconnectedAt) < heartbeatTimeout-slack/10:
-		err = fmt.Errorf("judged after %v of silence", row.DisconnectedBy.Sub(*row.DisconnectedAt))
-	}
-	s.check("the row ends with the last sign of life, judged a whole time-out later", err)
+	s.check("the row ends with the last sign of life, judged a whole time-out later",
+		endedUnseen(s.newest(p), p.started, stopped.Add(slack)))
 
 	s.must("SIGCONT", p.signal(syscall.SIGCONT))
 	s.need("SIGCONT: it returns", time.Now(), returnLimit, srv.online(p))
@@ -412,8 +397,8 @@ func (s *stage) settled(o agentOptions) *peer {
 	return p
 }
 
-func (s *stage) newest(p *peer) connection {
-	rows, err := s.server.history(p)
+func (s *stage) newest(a agent) connection {
+	rows, err := s.server.history(a)
 	if err == nil && len(rows) == 0 {
 		err = errors.New("no rows")
 	}
@@ -421,19 +406,27 @@ func (s *stage) newest(p *peer) connection {
 	return rows[0]
 }
 
-// endedUnseen checks the newest row of a plain HTTP agent that vanished: it ends with the last poll.
-func (s *stage) endedUnseen(p *peer) error {
-	row := s.newest(p)
+// endedWithLastPoll checks the newest row of a plain HTTP agent that vanished.
+func (s *stage) endedWithLastPoll(p *peer) error {
 	poll, err := p.last(event.Report)
-	switch {
-	case err != nil:
+	if err != nil {
 		return err
+	}
+	return endedUnseen(s.newest(p), poll.At.Add(-slack/10), poll.At.Add(slack))
+}
+
+// endedUnseen checks the row of an agent that fell silent: it ends with the last sign of life, which came between these two
+// moments, and the verdict fell a whole time-out later.
+func endedUnseen(row connection, from, to time.Time) error {
+	switch {
+	case row.DisconnectedAt == nil:
+		return errors.New("it is open")
 	case row.DisconnectedBy == nil:
 		return errors.New("disconnected_by is missing")
-	case row.DisconnectedAt.After(poll.At.Add(slack)):
-		return fmt.Errorf("it ended at %v, the last poll was at %v", row.DisconnectedAt, poll.At)
-	case row.DisconnectedAt.Before(poll.At.Add(-slack / 10)):
-		return fmt.Errorf("it ended at %v, before the last poll at %v", row.DisconnectedAt, poll.At)
+	case row.DisconnectedAt.After(to):
+		return fmt.Errorf("it ended at %v, the last sign of life came before %v", row.DisconnectedAt, to)
+	case row.DisconnectedAt.Before(from):
+		return fmt.Errorf("it ended at %v, the last sign of life came after %v", row.DisconnectedAt, from)
 	case row.DisconnectedBy.Sub(*row.DisconnectedAt) < heartbeatTimeout-slack/10:
 		return fmt.Errorf("judged after %v of silence", row.DisconnectedBy.Sub(*row.DisconnectedAt))
 	}
@@ -450,8 +443,8 @@ func (s *stage) returned(p *peer, mark int) func() error {
 // historyOver checks the rows of an agent that outlived its server. The old row is closed with the reason of the server's
 // end and a new one is open. A plain HTTP row belongs to no process and may also go on; if its agent stayed away for
 // longer than the time-out, its own deadline may have ended it.
-func (s *stage) historyOver(p *peer, before connection, mark int, reason string) error {
-	rows, err := s.server.history(p)
+func (s *stage) historyOver(a agent, before connection, away time.Duration, reason string) error {
+	rows, err := s.server.history(a)
 	if err != nil {
 		return err
 	}
@@ -465,7 +458,7 @@ func (s *stage) historyOver(p *peer, before connection, mark int, reason string)
 		return fmt.Errorf("%d rows, the old one was %s", len(rows), before.ID)
 	}
 	fresh, old := rows[0], rows[1]
-	silent := s.via == plainHTTP && p.away(mark) >= heartbeatTimeout && old.reason() == "heartbeat_timeout"
+	silent := s.via == plainHTTP && away >= s.server.timeout && old.reason() == "heartbeat_timeout"
 	if old.reason() != reason && !silent {
 		return fmt.Errorf("the old row says %s, not %s", old.reason(), reason)
 	}
@@ -489,12 +482,12 @@ func (p *peer) away(mark int) time.Duration {
 	return later[0].At.Sub(all[len(all)-len(later)-1].At)
 }
 
-// neverOffline: an end that the server caused makes nobody offline who returns in time.
-func (s *stage) neverOffline(p *peer, ready, back time.Time) error {
-	if back.Sub(ready) > graceful {
+// neverOffline: an end that the server caused makes nobody offline who returns in time, which is twice the time-out.
+func (s *stage) neverOffline(a agent, ready, back time.Time) error {
+	if back.Sub(ready) > 2*s.server.timeout-time.Second {
 		return nil // a verdict was due
 	}
-	transitions, err := s.server.transitions(p)
+	transitions, err := s.server.transitions(a)
 	if err != nil {
 		return err
 	}

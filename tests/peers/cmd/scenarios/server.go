@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
@@ -8,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 )
@@ -27,8 +29,10 @@ type server struct {
 	binary    string
 	database  string
 	log       string
-	agents    string // address of the agents' listener
-	operators string // address of the REST listener
+	token     string        // agents.token
+	timeout   time.Duration // heartbeat.timeout
+	agents    string        // address of the agents' listener
+	operators string        // address of the REST listener
 	api       *http.Client
 
 	process *exec.Cmd
@@ -37,7 +41,10 @@ type server struct {
 }
 
 // startServer puts a server with an empty database on the stage and waits until it is ready.
-func (s *stage) startServer() *server {
+func (s *stage) startServer() *server { return s.startPatientServer(heartbeatTimeout) }
+
+// startPatientServer is startServer with another heartbeat.timeout.
+func (s *stage) startPatientServer(timeout time.Duration) *server {
 	agents, err := freeAddress()
 	s.must("a free port", err)
 	operators, err := freeAddress()
@@ -46,6 +53,8 @@ func (s *stage) startServer() *server {
 		binary:    s.programs.server,
 		database:  filepath.Join(s.dir, "opamp-server.db"),
 		log:       filepath.Join(s.dir, "server.log"),
+		token:     agentsToken,
+		timeout:   timeout,
 		agents:    agents,
 		operators: operators,
 		api:       &http.Client{Timeout: 5 * time.Second},
@@ -83,12 +92,12 @@ func (s *server) launch() error {
 	s.process.Env = []string{
 		"PATH=" + os.Getenv("PATH"),
 		"OPAMP_AGENTS_LISTEN=" + s.agents,
-		"OPAMP_AGENTS_TOKEN=" + agentsToken,
+		"OPAMP_AGENTS_TOKEN=" + s.token,
 		"OPAMP_OPERATORS_LISTEN=" + s.operators,
 		"OPAMP_STORE_URL=sqlite://" + s.database,
 		"OPAMP_STORE_FLUSH_INTERVAL=" + flushInterval.String(),
 		"OPAMP_HEARTBEAT_INTERVAL=" + heartbeatInterval.String(),
-		"OPAMP_HEARTBEAT_TIMEOUT=" + heartbeatTimeout.String(),
+		"OPAMP_HEARTBEAT_TIMEOUT=" + s.timeout.String(),
 		"OPAMP_SHUTDOWN_DRAIN=" + drain.String(),
 	}
 	if err := s.process.Start(); err != nil {
@@ -128,6 +137,16 @@ func (s *server) end(signal syscall.Signal, limit time.Duration) error {
 	}
 }
 
+// forget removes the database of a server that has ended.
+func (s *server) forget() error {
+	for _, suffix := range []string{"", "-wal", "-shm", ".lock"} {
+		if err := os.Remove(s.database + suffix); err != nil && !errors.Is(err, os.ErrNotExist) {
+			return err
+		}
+	}
+	return nil
+}
+
 func (s *server) kill() {
 	if s.process != nil && s.process.Process != nil {
 		_ = s.process.Process.Kill()
@@ -150,13 +169,21 @@ func (s *server) url(scheme string) string {
 	return scheme + "://" + s.agents + "/v1/opamp"
 }
 
+var given sync.Map // addresses that freeAddress has given out
+
+// freeAddress never gives the same address twice: its first owner may be between two lives of its server.
 func freeAddress() (string, error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
+	for {
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return "", err
+		}
+		address := listener.Addr().String()
+		_ = listener.Close()
+		if _, taken := given.LoadOrStore(address, true); !taken {
+			return address, nil
+		}
 	}
-	defer listener.Close()
-	return listener.Addr().String(), nil
 }
 
 func lastLines(text string, count int) string {

@@ -37,7 +37,8 @@ type stage struct {
 	via      transport
 	dir      string
 	server   *server
-	peers    []*peer
+	agents   []*running
+	failed   bool // some check of this scenario did
 }
 
 // over ends a scenario in which nothing further can be checked; the reason has been counted.
@@ -50,19 +51,18 @@ func play(ctx context.Context, t *tally, p programs, via transport, s scenario) 
 		return
 	}
 	st := &stage{ctx: ctx, tally: t, programs: p, via: via, dir: dir}
-	failedBefore := t.failed
 	defer func() {
 		cause := recover()
 		if _, expected := cause.(over); cause != nil && !expected {
-			t.check(via.label, s.name, fmt.Errorf("panic: %v\n%s", cause, debug.Stack()), "")
+			st.check(s.name, fmt.Errorf("panic: %v\n%s", cause, debug.Stack()))
 		}
-		for _, p := range st.peers {
-			p.kill()
+		for _, a := range st.agents {
+			a.kill()
 		}
 		if st.server != nil {
 			st.server.kill()
 		}
-		if t.failed > failedBefore {
+		if st.failed {
 			st.explain(s.name)
 		}
 		_ = os.RemoveAll(dir)
@@ -72,9 +72,11 @@ func play(ctx context.Context, t *tally, p programs, via transport, s scenario) 
 
 // explain shows what server and agents said; without it a failure on another machine tells nothing.
 func (s *stage) explain(name string) {
+	s.tally.mutex.Lock()
+	defer s.tally.mutex.Unlock()
 	fmt.Printf("--- %s/%s: what the server said last\n%s", s.via.scheme, name, indent(s.server.logTail(40)))
-	for _, p := range s.peers {
-		fmt.Printf("--- %s/%s: what agent %s said last\n%s", s.via.scheme, name, p.uid, indent(p.tail(40)))
+	for _, a := range s.agents {
+		fmt.Printf("--- %s/%s: what agent %s said last\n%s", s.via.scheme, name, a.uid, indent(a.tail(40)))
 	}
 }
 
@@ -88,11 +90,12 @@ func indent(text string) string {
 
 // check counts one fact that is already known.
 func (s *stage) check(name string, err error) bool {
-	return s.tally.check(s.via.label, name, err, "")
+	return s.checkf(name, err, "")
 }
 
 // checkf is check with a remark for the reader.
 func (s *stage) checkf(name string, err error, format string, args ...any) bool {
+	s.failed = s.failed || err != nil
 	return s.tally.check(s.via.label, name, err, fmt.Sprintf(format, args...))
 }
 
