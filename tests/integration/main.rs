@@ -1,5 +1,6 @@
 //! The integration tests, in one binary: each module holds the server, or a part of it, to its promises.
 
+mod conformance;
 mod crowd;
 mod defects;
 mod golden;

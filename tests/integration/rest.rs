@@ -426,7 +426,7 @@ async fn the_description_names_every_route() {
     ])));
 }
 
-/// Secrets appear in no log line: neither the tokens nor the password of the store.
+/// secrets appear in no log line: neither the tokens nor the password of the store.
 #[tokio::test]
 async fn secrets_appear_in_no_log_line() {
     let database = Database::sqlite();

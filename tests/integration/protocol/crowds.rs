@@ -51,7 +51,7 @@ async fn s_034_hundreds_of_agents_share_a_link() {
     }
 }
 
-/// S-028: one agent's bad report on a shared link is refused to it alone; all others are answered as ever.
+/// S-028, R-020: one agent's bad report on a shared link is refused to it alone; all others are answered as ever.
 #[tokio::test]
 async fn s_028_a_bad_report_on_a_shared_link_is_refused_alone() {
     let server = TestServer::fresh().await;

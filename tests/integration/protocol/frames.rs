@@ -132,6 +132,20 @@ async fn a_pong_repeats_its_ping() {
     assert_eq!(frames.receive().await, Some((PONG, b"still there?".to_vec())));
 }
 
+/// S-136: who sends no report is sent no error, and nothing else: answers to pings and to the Close are all.
+#[tokio::test]
+async fn s_136_who_sends_no_report_is_sent_none() {
+    let server = TestServer::fresh().await;
+    let mut frames = Frames::connect(&server).await;
+    for round in 0..10 {
+        frames.write(&frame(FIN | PING, &[round])).await;
+        assert_eq!(frames.receive().await, Some((PONG, vec![round])));
+    }
+    frames.write(&frame(FIN | CLOSE, b"")).await;
+    assert_eq!(frames.receive().await, Some((CLOSE, Vec::new())));
+    frames.ended().await;
+}
+
 /// A pong nobody asked for is no answer, no error, and no report.
 #[tokio::test]
 async fn a_pong_nobody_asked_for_is_ignored() {

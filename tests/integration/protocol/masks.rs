@@ -101,7 +101,7 @@ async fn s_038_nothing_gated_is_sent_for_any_mask() {
     }
 }
 
-/// each part a mask promises is asked for where the first report lacks it, and only then.
+/// R-004, S-055: each part a mask promises is asked for where the first report lacks it, and only then.
 #[tokio::test]
 async fn r_004_each_promised_part_is_asked_for_where_it_is_missing() {
     type Forget = fn(&mut AgentToServer);
@@ -126,7 +126,7 @@ async fn r_004_each_promised_part_is_asked_for_where_it_is_missing() {
         first = promised(&mut agent);
         forget(&mut first);
         let offer = Poller::once(&server, &first).await;
-        assert_eq!(offer.flags, 0, "S-055, S-072: without {bit:#x} nobody waits for it");
+        assert_eq!(offer.flags, 0, "without {bit:#x} nobody waits for it");
     }
 }
 
@@ -200,7 +200,7 @@ async fn s_143_the_mask_of_the_present_connection_counts() {
     }
 }
 
-/// AMB-01: an agent that never states a mask is served like one that reports status alone.
+/// AMB-01, S-041: an agent that never states a mask is served like one that reports status alone.
 #[tokio::test]
 async fn amb_01_an_agent_that_never_states_a_mask_is_served() {
     let server = TestServer::fresh().await;

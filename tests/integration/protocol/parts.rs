@@ -304,7 +304,7 @@ async fn s_042_every_outcome_of_connection_settings_is_shown() {
     }
 }
 
-/// S-042, S-141: every state of a package is shown, known or not yet invented, with its progress.
+/// S-042, S-141, AMB-20: every state of a package is shown, known or not yet invented, with its progress.
 #[tokio::test]
 async fn s_042_every_state_of_a_package_is_shown() {
     let mut reporter = Reporter::new().await;
@@ -373,7 +373,7 @@ async fn s_090_a_local_package_is_shown_and_s_043_a_removed_one_is_gone() {
     assert_eq!(known["package_statuses"]["packages"].as_object().unwrap().len(), 1);
 }
 
-/// S-132, S-134: a hash alone is kept; another hash alone says that the inventory is another, not that there is none.
+/// S-133, S-134: a hash alone is kept; another hash alone says that the inventory is another, not that there is none.
 #[tokio::test]
 async fn s_134_an_inventory_belongs_to_its_hash() {
     let mut reporter = Reporter::new().await;
