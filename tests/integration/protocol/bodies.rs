@@ -292,3 +292,27 @@ async fn s_017_every_kind_of_poll_is_answered_by_one_plain_offer() {
         assert_eq!(offer_in(&answer).instance_uid, report.instance_uid);
     }
 }
+
+/// S-017: a body in chunks may have extensions and trailers, which say nothing to this server.
+#[tokio::test]
+async fn s_017_chunks_with_extensions_and_trailers_are_one_body() {
+    let server = TestServer::fresh().await;
+    let mut agent = Agent::new();
+    let body = agent.full().encode_to_vec();
+    let (one, other) = body.split_at(7);
+    let mut bytes =
+        b"POST /v1/opamp HTTP/1.1\r\nHost: x\r\nContent-Type: application/x-protobuf\r\nTransfer-Encoding: chunked\r\n\r\n"
+            .to_vec();
+    for (size, part) in
+        [(format!("{:X};name=value\r\n", one.len()), one), (format!("0{:x}\r\n", other.len()), other)]
+    {
+        bytes.extend(size.bytes());
+        bytes.extend(part);
+        bytes.extend(b"\r\n");
+    }
+    bytes.extend(b"0\r\nChecksum: none\r\n\r\n");
+    let mut http = Http::connect(server.agents).await;
+    acknowledges(&http.send_bytes(&bytes).await, &agent);
+    let next = agent.report().encode_to_vec();
+    acknowledges(&http.send("POST", "/v1/opamp", &[PROTOBUF], &next).await, &agent);
+}

@@ -384,3 +384,17 @@ async fn what_is_no_http_is_400() {
         assert_acknowledged(&poller.exchange(&agent.full()).await, agent.uid);
     }
 }
+
+/// S-001: a connection that served polls may become a WebSocket.
+#[tokio::test]
+async fn s_001_a_connection_that_polled_may_become_a_websocket() {
+    let server = TestServer::fresh().await;
+    let mut agent = Agent::new();
+    let mut http = Http::connect(server.agents).await;
+    let body = agent.full().encode_to_vec();
+    acknowledges(&http.send("POST", "/v1/opamp", &[PROTOBUF], &body).await, &agent);
+    assert_eq!(http.send("GET", "/v1/opamp", &HANDSHAKE, &[]).await.status, 101);
+    let mut frames = Frames::upgraded(http);
+    assert_acknowledged(&frames.exchange(&agent.report()).await, agent.uid);
+    assert_eq!(server.status(agent.uid).await["active_connection"]["transport"], "websocket");
+}

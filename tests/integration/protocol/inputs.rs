@@ -402,3 +402,42 @@ async fn s_135_noise_is_answered_and_harms_nobody() {
     }
     assert_eq!(server.read("/api/v1/agents?include=retired").await["total"], 1);
 }
+
+/// S-135, R-020: the classic bad inputs over plain HTTP, where no header belongs in front: 200 with the verdict inside.
+#[tokio::test]
+async fn s_135_the_classic_bad_inputs_are_refused_as_polls_too() {
+    let server = TestServer::fresh().await;
+    let mut poller = Poller::connect(&server).await;
+    for bad in [
+        "",
+        "80",
+        "000a100190d3c27a107b3e9c415d2e8f60a1b210072001",
+        "80000a100190d3c27a107b3e9c415d2e8f60a1b210072001",
+        "ffffffffffffffffff010a00",
+        "ffffffffffffffffffff01",
+        "0a100190",
+        "0000",
+        "020161",
+        "0e",
+        "9c06",
+        "2a031a01ff",
+        "0801",
+        "0a05010203040510072001",
+        "0a1000000000000000000000000000000000",
+    ] {
+        let offer = post(&mut poller, &unhex(bad)).await;
+        assert!(
+            !error_of(&offer, ServerErrorResponseType::BadRequest).is_empty(),
+            "{bad}: the error is readable"
+        );
+    }
+    assert_eq!(server.read("/api/v1/agents?include=retired").await["total"], 0);
+    for good in [
+        "0a100190d3c27a107b3e9c415d2e8f60a1b210072001",
+        "0a1030303030303030303030303030303030",
+        "0a1a30314a3341385158595a3031323334353637383941424344454610012001",
+    ] {
+        assert_eq!(post(&mut poller, &unhex(good)).await.error_response, None, "{good}");
+    }
+    assert_eq!(server.read("/api/v1/agents").await["total"], 3);
+}

@@ -214,7 +214,7 @@ async fn s_061_a_poll_that_says_goodbye_ends_the_row_and_a_later_one_opens_a_new
     assert_eq!(server.status(agent.uid).await["status"], "online");
 }
 
-/// A WebSocket takes over from polls, and a poll from a WebSocket, each at once.
+/// S-051: a WebSocket takes over from polls, and a poll from a WebSocket, each at once.
 #[tokio::test]
 async fn a_websocket_takes_over_from_polls_and_back() {
     let server = TestServer::fresh().await;

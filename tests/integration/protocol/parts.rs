@@ -164,6 +164,27 @@ async fn s_042_a_health_tree_is_shown_as_it_came() {
     assert_eq!(receiver["attributes"], json!({ "component.kind": "receiver" }));
 }
 
+/// S-042: times of any size are shown, to the last nanosecond that a report can hold.
+#[tokio::test]
+async fn s_042_times_of_any_size_are_shown() {
+    let mut reporter = Reporter::new().await;
+    for (nanoseconds, shown) in [
+        (1, "1970-01-01T00:00:00"),
+        (i64::MAX as u64, "2262-04-11T23:47:16"),
+        (i64::MAX as u64 + 1, "2262-04-11T23:47:16"),
+        (u64::MAX, "2554-07-21T23:34:33"),
+    ] {
+        let known = reporter
+            .report(|report| {
+                let tree = ComponentHealth { start_time_unix_nano: nanoseconds, ..health("", &[]) };
+                report.health = Some(tree);
+            })
+            .await;
+        let time = known["health"]["start_time"].as_str().unwrap();
+        assert!(time.starts_with(shown) && time.ends_with('Z'), "{nanoseconds}: {time}");
+    }
+}
+
 /// S-043: a component that is missing from a new health tree is gone from the stored one.
 #[tokio::test]
 async fn s_043_a_component_missing_from_a_new_health_tree_is_gone() {
