@@ -195,14 +195,9 @@ impl Context {
         None
     }
 
-    /// Answers a refusal so that the sender sees it: a body that is on its way is read and thrown away.
     async fn refuse(&self, request: Request<Incoming>, refusal: Answer) -> Answer {
-        if request.headers().contains_key(header::EXPECT) {
-            // It asked before it sends its body, which now never comes.
-            return closing(refusal);
-        }
-        polling::discard(request.into_body(), self.admission.limits().max_message_size).await;
-        refusal
+        let (head, body) = request.into_parts();
+        polling::refuse(&head.headers, body, self.admission.limits().max_message_size, refusal).await
     }
 
     fn deny(&self, denied: Denied) -> Answer {

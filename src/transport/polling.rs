@@ -50,11 +50,9 @@ pub(super) async fn poll(
     let packed = match encoding(&head.headers) {
         Ok(packed) => packed,
         Err(unknown) => {
-            discard(body, limits.max_message_size).await;
-            return text(
-                StatusCode::UNSUPPORTED_MEDIA_TYPE,
-                &format!("unknown Content-Encoding: {unknown}\n"),
-            );
+            let refusal = format!("unknown Content-Encoding: {unknown}\n");
+            let refusal = text(StatusCode::UNSUPPORTED_MEDIA_TYPE, &refusal);
+            return refuse(&head.headers, body, limits.max_message_size, refusal).await;
         }
     };
     let body = match read(body, limits.max_message_size, admission.budget().share()).await {
@@ -197,7 +195,7 @@ fn announced(body: &Incoming) -> usize {
 async fn read(mut body: Incoming, limit: usize, mut share: Share) -> Result<Vec<u8>, Unread> {
     let announced = announced(&body);
     if announced > limit {
-        discard(body, limit).await;
+        let _whole = discard(body, limit).await;
         return Err(Unread::TooLarge);
     }
     // An announced length is a promise of the peer's; memory is given as bytes come.
@@ -216,7 +214,7 @@ async fn read(mut body: Incoming, limit: usize, mut share: Share) -> Result<Vec<
     match tokio::time::timeout(UNFINISHED, reading).await {
         Ok(Ok(())) => Ok(bytes),
         Ok(Err(Unread::TooLarge)) => {
-            discard(body, limit).await;
+            let _whole = discard(body, limit).await;
             Err(Unread::TooLarge)
         }
         Ok(Err(unread)) => Err(unread),
@@ -224,18 +222,27 @@ async fn read(mut body: Incoming, limit: usize, mut share: Share) -> Result<Vec<
     }
 }
 
+/// Answers a refusal so that the sender sees it: a body that is on its way is read and thrown away.
+pub(super) async fn refuse(headers: &HeaderMap, body: Incoming, limit: usize, refusal: Answer) -> Answer {
+    // Who asked before it sends its body is told, and the body never comes.
+    let over = !headers.contains_key(header::EXPECT) && discard(body, limit).await;
+    if over { refusal } else { closing(refusal) }
+}
+
 /// Reads the rest of a refused body and throws it away, within reason, so that the sender sees the answer.
-pub(super) async fn discard(mut body: Incoming, limit: usize) {
+/// False where there is more of it than that.
+async fn discard(mut body: Incoming, limit: usize) -> bool {
     let discarding = async {
         let mut discarded = 0;
         while let Some(Ok(frame)) = body.frame().await {
             discarded += frame.data_ref().map_or(0, Bytes::len);
             if discarded > limit.saturating_mul(2) {
-                return;
+                return false;
             }
         }
+        true
     };
-    let _best_effort = tokio::time::timeout(DISCARD, discarding).await;
+    tokio::time::timeout(DISCARD, discarding).await.unwrap_or(false)
 }
 
 fn too_large(limit: usize) -> Answer {
@@ -263,7 +270,10 @@ fn takes_gzip(headers: &HeaderMap) -> bool {
         let mut parts = coding.split(';').map(str::trim);
         let name = parts.next().unwrap_or_default();
         let refused = parts.any(|part| {
-            part.strip_prefix("q=").and_then(|q| q.trim().parse::<f32>().ok()).is_some_and(|q| q <= 0.0)
+            part.to_ascii_lowercase()
+                .strip_prefix("q=")
+                .and_then(|q| q.trim().parse::<f32>().ok())
+                .is_some_and(|q| q <= 0.0)
         });
         if name.eq_ignore_ascii_case("gzip") {
             named = Some(!refused);

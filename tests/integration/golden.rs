@@ -193,7 +193,7 @@ fn each_entry(check: impl Fn(&Entry) -> Result<(), String>) {
     assert!(failures.is_empty(), "{} entries fail:\n{}", failures.len(), failures.join("\n"));
 }
 
-/// What arrives means the same to the generated types as to every other implementation.
+/// S-144: what arrives means the same to the generated types as to every other implementation.
 #[test]
 fn bytes_are_read_as_their_json() {
     let schema = schema();
@@ -233,7 +233,7 @@ fn no_entry_is_missing() {
     assert_eq!(messages, BTreeSet::from(MESSAGE_NAMES));
 }
 
-/// The schema declares the 41 messages and 10 enums of the protocol, and nothing else.
+/// S-144, AMB-19: the schema declares the 41 messages and 10 enums of the protocol, and nothing else.
 #[test]
 fn the_schema_declares_the_protocol_and_nothing_else() {
     let schema = schema();
@@ -249,7 +249,7 @@ fn the_schema_declares_the_protocol_and_nothing_else() {
     assert_eq!(schema.services().count() + schema.all_extensions().count(), 0);
 }
 
-/// Every enum value and mask bit has an entry of its name, and no entry names another.
+/// S-144: every enum value and mask bit has an entry of its name, and no entry names another.
 #[test]
 fn every_enum_value_has_its_entry() {
     let schema = schema();
@@ -265,7 +265,7 @@ fn every_enum_value_has_its_entry() {
     assert_eq!(declared, named);
 }
 
-/// The mask enums are no field's type, so the entries of their names alone pin their numbers.
+/// S-144: the mask enums are no field's type, so the entries of their names alone pin their numbers.
 #[test]
 fn mask_bits_have_the_numbers_of_their_entries() {
     let numbers: BTreeMap<String, i32> = schema()

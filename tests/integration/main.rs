@@ -1,6 +1,7 @@
 //! The integration tests, in one binary: each module holds the server, or a part of it, to its promises.
 
 mod blindness;
+mod conformance;
 mod crowd;
 mod defects;
 mod golden;

@@ -289,6 +289,12 @@ pub(crate) struct Poller {
     http: Http,
 }
 
+/// The offer in the answer to a poll.
+pub(crate) fn offer_in(answer: &Response) -> ServerToAgent {
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    ServerToAgent::decode(answer.body.as_slice()).expect("an offer")
+}
+
 /// The media type of a poll.
 pub(crate) const PROTOBUF: (&str, &str) = ("Content-Type", "application/x-protobuf");
 

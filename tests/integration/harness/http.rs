@@ -87,6 +87,35 @@ impl Http {
         self.read().await
     }
 
+    /// Sends these very bytes.
+    pub(crate) async fn write(&mut self, bytes: &[u8]) {
+        self.stream.get_mut().write_all(bytes).await.expect("the bytes are written");
+    }
+
+    /// Sends these very bytes, and reads the answer.
+    pub(crate) async fn send_bytes(&mut self, bytes: &[u8]) -> Response {
+        self.write(bytes).await;
+        self.read().await
+    }
+
+    /// Says that nothing more comes.
+    pub(crate) async fn finish(&mut self) {
+        self.stream.get_mut().shutdown().await.expect("the socket is open");
+    }
+
+    /// Waits until the server hangs up; nothing comes before that.
+    pub(crate) async fn ended(&mut self) {
+        let mut rest = Vec::new();
+        let end = tokio::time::timeout(DEADLINE, self.stream.read_to_end(&mut rest)).await;
+        let _a_reset_is_an_end = end.expect("the server hangs up in time");
+        assert_eq!(rest, b"", "nothing comes before the end");
+    }
+
+    /// The socket behind an upgrade, with whatever was read ahead.
+    pub(crate) fn into_stream(self) -> BufReader<TcpStream> {
+        self.stream
+    }
+
     async fn write_head(&mut self, method: &str, target: &str, headers: &[(&str, &str)]) {
         let mut head = format!("{method} {target} HTTP/1.1\r\n");
         if !headers.iter().any(|(name, _)| name.eq_ignore_ascii_case("host")) {
@@ -99,7 +128,8 @@ impl Http {
         self.stream.get_mut().write_all(head.as_bytes()).await.expect("the head is written");
     }
 
-    async fn read(&mut self) -> Response {
+    /// Reads the next answer; an interim one counts.
+    pub(crate) async fn read(&mut self) -> Response {
         tokio::time::timeout(DEADLINE, self.read_answer()).await.expect("an answer in time")
     }
 

@@ -3,6 +3,7 @@
 #![expect(clippy::expect_used, reason = "in a test a panic with a sentence is the report")]
 
 pub(crate) mod agent;
+pub(crate) mod frames;
 pub(crate) mod http;
 mod postgres;
 mod raw;

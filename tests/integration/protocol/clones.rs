@@ -25,7 +25,7 @@ async fn redial(server: &Ports, agent: &mut Agent) -> (Socket, ServerToAgent) {
     Socket::greet(server, &report).await
 }
 
-/// S-049, S-051, S-052: the displaced agent returns and goes on with its own numbers: it gets a record and
+/// S-049, S-050, S-051, S-052, AMB-21: the displaced agent returns and goes on with its own numbers: it gets a record and
 /// a row under a new uid, durable before the offer that says so; the other one is left in peace.
 #[tokio::test]
 async fn s_049_a_clone_is_given_a_uid_of_its_own_and_displaces_nobody() {

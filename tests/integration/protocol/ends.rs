@@ -56,7 +56,7 @@ async fn until_links(server: &TestServer, links: u32) {
     .await;
 }
 
-/// A transport that breaks off is the agent's end, seen at once.
+/// S-062, R-018: a transport that breaks off is the agent's end, seen at once.
 #[tokio::test]
 async fn a_broken_connection_is_seen_at_once() {
     let server = TestServer::fresh().await;
@@ -71,7 +71,7 @@ async fn a_broken_connection_is_seen_at_once() {
     assert_eq!(status["last_disconnected_at"], row["disconnected_at"]);
 }
 
-/// S-049…S-051 in the plain case: a newcomer takes over at once, and the late close of the older link changes nothing.
+/// S-051: a newcomer takes over at once, and the late close of the older link changes nothing.
 #[tokio::test]
 async fn a_newcomer_takes_over_and_the_late_close_changes_nothing() {
     let server = TestServer::fresh().await;

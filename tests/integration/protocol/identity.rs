@@ -23,7 +23,7 @@ fn asking(agent: &mut Agent) -> AgentToServer {
     AgentToServer { flags: REQUEST_UID, ..agent.full() }
 }
 
-/// S-048, S-052: a requested uid comes in the reply; the temporary one retires, and the new record links to it.
+/// S-048, S-052, R-023: a requested uid comes in the reply; the temporary one retires, and the new record links to it.
 #[tokio::test]
 async fn s_048_a_requested_uid_is_given_and_the_temporary_one_retires() {
     let server = TestServer::fresh().await;
@@ -51,7 +51,7 @@ async fn s_048_a_requested_uid_is_given_and_the_temporary_one_retires() {
     assert_eq!(server.until_ended(new).await["disconnect_reason"], "closed_by_agent");
 }
 
-/// S-048: asked again before the new uid is used, the server gives the same one, on any link.
+/// S-048, R-023: asked again before the new uid is used, the server gives the same one, on any link.
 #[tokio::test]
 async fn s_048_asked_again_before_its_use_the_same_uid_is_given() {
     let server = TestServer::fresh().await;

@@ -37,7 +37,7 @@ async fn s_059_a_silent_agent_goes_offline_in_time_and_is_told() {
     assert!(metrics.value("opamp_connections_ended_total{reason=\"heartbeat_timeout\"}") > 0.5);
 }
 
-/// S-055, R-017: an agent without heartbeats that answers pings stays online, over several time-outs.
+/// S-055, R-017, AMB-24: an agent without heartbeats that answers pings stays online, over several time-outs.
 #[tokio::test]
 async fn s_055_an_agent_without_heartbeats_that_answers_pings_stays_online() {
     let server = TestServer::with(impatient).await;
@@ -52,6 +52,20 @@ async fn s_055_an_agent_without_heartbeats_that_answers_pings_stays_online() {
     let confirmed = moment(&rows[0]["confirmed_until"]).since(moment(&rows[0]["connected_at"]));
     assert!(confirmed > TIMEOUT * 2, "answers to pings are proofs of life: {confirmed:?}");
     assert_acknowledged(&socket.exchange(&agent.report()).await, agent.uid);
+}
+
+/// S-058: who promises heartbeats and was offered no interval is not measured by one: answers to pings suffice.
+#[tokio::test]
+async fn s_058_no_interval_is_assumed_that_was_not_offered() {
+    let server = TestServer::with(impatient).await;
+    let mut agent = Agent::with(STATUS | HEARTBEATS);
+    let (mut socket, _) = Socket::greet(&server, &agent.full()).await;
+    // Several time-outs, and far more of the intervals this server expects.
+    socket.answer_pings(6).await;
+    let status = server.status(agent.uid).await;
+    assert_eq!((&status["status"], &status["connected"]), (&json!("online"), &json!(true)));
+    assert_acknowledged(&socket.exchange(&agent.report()).await, agent.uid);
+    assert_eq!(server.history(agent.uid).await.len(), 1);
 }
 
 /// S-057: any report is a heartbeat, a bare one and a repeated one too.
@@ -95,7 +109,7 @@ async fn s_060_a_poller_that_stops_goes_offline_by_the_servers_timer() {
     assert_eq!(server.status(agent.uid).await["status"], "online");
 }
 
-/// Before its second poll a poller has three expected intervals.
+/// S-060, R-018: before its second poll a poller has three expected intervals.
 #[tokio::test]
 async fn s_060_a_first_poll_gives_three_intervals() {
     let server = TestServer::with(|config| {
@@ -200,7 +214,7 @@ async fn s_061_a_poll_that_says_goodbye_ends_the_row_and_a_later_one_opens_a_new
     assert_eq!(server.status(agent.uid).await["status"], "online");
 }
 
-/// A WebSocket takes over from polls, and a poll from a WebSocket, each at once.
+/// S-051: a WebSocket takes over from polls, and a poll from a WebSocket, each at once.
 #[tokio::test]
 async fn a_websocket_takes_over_from_polls_and_back() {
     let server = TestServer::fresh().await;

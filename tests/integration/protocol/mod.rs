@@ -1,14 +1,24 @@
 //! The OpAMP rules this server keeps, each held by a test that bears its number, over real sockets.
 
+mod bodies;
 mod clones;
+mod crowds;
 mod ends;
+mod farewells;
+mod frames;
 mod framing;
+mod handshakes;
 mod identity;
+mod inputs;
 mod liveness;
+mod masks;
 mod multiplexing;
+mod numbers;
+mod parts;
 mod plain_http;
 mod replies;
 mod state;
+mod uids;
 mod verdicts;
 
 use std::time::Duration;

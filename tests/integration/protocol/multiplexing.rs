@@ -103,7 +103,7 @@ async fn an_offence_on_a_shared_link_names_the_one_agent() {
     }
 }
 
-/// A link carries as many agents as allowed; more are told to come later, and leave no row.
+/// S-137: a link carries as many agents as allowed; more are told to come later, and leave no row.
 #[tokio::test]
 async fn more_agents_than_a_link_may_carry_are_told_to_come_later() {
     let server = TestServer::with(|config| config.agents.max_per_link = 2).await;

@@ -123,7 +123,7 @@ async fn s_019_a_chunked_body_within_the_limit_is_taken() {
     assert_acknowledged(&ServerToAgent::decode(answer.body.as_slice()).unwrap(), agent.uid);
 }
 
-/// what is no report is 200 with `BadRequest` inside; 400 is for bodies that cannot be read.
+/// R-020, AMB-08: what is no report is 200 with `BadRequest` inside; 400 is for bodies that cannot be read.
 #[tokio::test]
 async fn r_020_a_malformed_poll_is_200_with_an_error_and_400_only_for_an_unreadable_body() {
     let server = TestServer::fresh().await;
@@ -192,7 +192,7 @@ async fn s_023_a_wrong_token_is_401_before_the_upgrade() {
     }
 }
 
-/// A reserved header of plain HTTP agents that contradicts the body changes nothing: the body decides.
+/// S-027: a header of plain HTTP agents that contradicts the body changes nothing: the body decides.
 #[tokio::test]
 async fn the_uid_in_the_header_never_overrules_the_body() {
     let server = TestServer::fresh().await;

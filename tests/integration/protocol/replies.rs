@@ -76,7 +76,7 @@ async fn s_032_each_copy_of_a_report_is_answered() {
     assert!((repeats - 4.0).abs() < 0.5, "{repeats}");
 }
 
-/// R-005 over plain HTTP, where agents do repeat: the connection is one, and nobody is asked again.
+/// R-005, AMB-05: over plain HTTP, where agents do repeat: the connection is one, and nobody is asked again.
 #[tokio::test]
 async fn r_005_a_repeated_poll_is_answered_and_processed_once() {
     let server = TestServer::fresh().await;
@@ -104,7 +104,7 @@ async fn r_005_the_same_number_with_other_content_is_a_gap() {
     assert_eq!(socket.exchange(&agent.report()).await.flags, FULL_STATE);
 }
 
-/// S-035, S-036, S-037, R-001: the mask is in every offer, states status, and has no undefined bit.
+/// S-035, S-036, S-037, S-040, R-001: the mask is in every offer, states status, and has no undefined bit.
 #[tokio::test]
 async fn s_035_the_mask_is_in_every_offer() {
     let server = TestServer::fresh().await;

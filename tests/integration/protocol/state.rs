@@ -184,7 +184,7 @@ async fn s_046_an_unknown_agent_that_says_nothing_is_asked() {
     assert_eq!(server.status(other.uid).await["status"], "online");
 }
 
-/// a report of nothing but the uid is a sign of life and leaves the numbers alone.
+/// R-035, AMB-03: a report of nothing but the uid is a sign of life and leaves the numbers alone.
 #[tokio::test]
 async fn r_035_a_bare_report_leaves_the_numbers_alone() {
     let server = TestServer::fresh().await;
@@ -255,7 +255,7 @@ async fn s_128_custom_capabilities_are_replaced() {
     }
 }
 
-/// S-134: a message with the inventory's hash alone does not say that there are no components.
+/// S-133, S-134: a message with the inventory's hash alone does not say that there are no components.
 #[tokio::test]
 async fn s_134_a_hash_alone_clears_no_inventory() {
     let server = TestServer::fresh().await;

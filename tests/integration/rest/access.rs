@@ -66,7 +66,7 @@ async fn a_guarded_listener_answers_to_every_name() {
     );
 }
 
-/// The agents' listener refuses a browser before the upgrade, and counts it.
+/// the agents' listener refuses a browser before the upgrade, and counts it.
 #[tokio::test]
 async fn agents_are_not_impersonated_by_a_page_of_another_site() {
     let server = TestServer::fresh().await;

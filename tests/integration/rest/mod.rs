@@ -443,7 +443,7 @@ async fn metrics_have_their_fixed_names() {
     }
 }
 
-/// Secrets appear in no log line: neither the tokens nor the password of the store.
+/// secrets appear in no log line: neither the tokens nor the password of the store.
 #[tokio::test]
 async fn secrets_appear_in_no_log_line() {
     let database = Database::sqlite();
