@@ -53,21 +53,23 @@ CREATE TABLE agents (
     clients_count integer NOT NULL DEFAULT 0,
     sync_revision text,
     capabilities integer NOT NULL DEFAULT 0,
+    retired_at integer,
+    created_at integer NOT NULL,
+    updated_at integer NOT NULL,
+    components_hash text,
+    -- What is large comes last: lists read the columns before it and never come by.
     description text,
     health text,
     effective_config text,
     remote_config_status text,
     package_statuses text,
     custom_capabilities text,
-    components_hash text,
-    connection_settings_status text,
-    retired_at integer,
-    created_at integer NOT NULL,
-    updated_at integer NOT NULL
+    connection_settings_status text
 );
-CREATE INDEX agents_status ON agents (status, id);
-CREATE INDEX agents_healthy ON agents (healthy, id);
-CREATE INDEX agents_connected ON agents (id) WHERE connection_id IS NOT NULL;
+-- The filters of lists meet in one index each, so that a count reads no row.
+CREATE INDEX agents_status ON agents (status, id, healthy, connection_id);
+CREATE INDEX agents_healthy ON agents (healthy, status, id);
+CREATE INDEX agents_connected ON agents (id, status, healthy, connection_id) WHERE connection_id IS NOT NULL;
 CREATE INDEX agents_name ON agents (lower(name), id);
 CREATE INDEX agents_host ON agents (lower(host), id);
 CREATE INDEX agents_pending_verdict ON agents (offline_at) WHERE offline_at IS NOT NULL;
@@ -120,11 +122,11 @@ CREATE TABLE agent_connection_history (
 );
 CREATE UNIQUE INDEX agent_connection_history_open ON agent_connection_history (agent_id) WHERE disconnected_at IS NULL;
 CREATE UNIQUE INDEX agent_connection_history_opening ON agent_connection_history (node_id, node_seq);
-CREATE INDEX agent_connection_history_agent ON agent_connection_history (agent_id, id);
-CREATE INDEX agent_connection_history_span ON agent_connection_history (agent_id, connected_at);
+-- An agent's rows in the order of its list, with all that `from` and `to` look at.
+CREATE INDEX agent_connection_history_agent ON agent_connection_history (agent_id, id, connected_at, disconnected_at, disconnected_by);
 CREATE INDEX agent_connection_history_node ON agent_connection_history (node_id) WHERE disconnected_at IS NULL;
-CREATE INDEX agent_connection_history_polled ON agent_connection_history (id)
-    WHERE disconnected_at IS NULL AND transport = 'http';
+CREATE INDEX agent_connection_history_transport ON agent_connection_history (transport, agent_id)
+    WHERE disconnected_at IS NULL;
 CREATE INDEX agent_connection_history_retention ON agent_connection_history (disconnected_at);
 
 CREATE TABLE agent_status_log (

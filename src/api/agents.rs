@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::ApiState;
 use super::error::{ApiError, BadRequest, Refusals, UnknownAgent};
 use super::mask::mask_value;
-use super::page::{PageQuery, Params};
+use super::page::{AgentPageQuery, Params};
 use crate::agent::{Capabilities, InstanceUid};
 use crate::clock::Moment;
 use crate::store::{AgentDetail, AgentFilter, AgentRow, AgentSummary, ConnectionRow, Status, Transport};
@@ -231,10 +231,10 @@ pub(super) struct FilterQuery {
     #[param(inline, example = "websocket")]
     transport: Option<Transport>,
     /// Only with this attribute as text, e.g. `attr.os.type=linux`; repeatable with other keys
-    #[param(rename = "attr.<key>", example = "linux")]
+    #[param(rename = "attr.<key>", pattern = r"^[^\x00]*$", example = "linux")]
     attribute: Option<String>,
     /// Only those whose id, name or host begins with this, in any case
-    #[param(example = "edge")]
+    #[param(pattern = r"^[^\x00]*$", example = "edge")]
     q: Option<String>,
     /// Retired agents as well
     #[param(inline, example = "retired")]
@@ -256,7 +256,7 @@ macro_rules! agent_list {
         #[doc = ""]
         #[doc = "Ordered by id, page by page; `total` counts all pages. Filters combine: all must hold."]
         #[utoipa::path(get, path = $path, tag = "agents",
-            params(FilterQuery, PageQuery),
+            params(FilterQuery, AgentPageQuery),
             responses((status = 200, description = "One page", body = AgentPage), BadRequest, Refusals))]
         pub(super) async fn $name(State(state): State<ApiState>, params: Params) -> Result<Json<AgentPage>, ApiError> {
             page_of(&state, params, $narrow).await

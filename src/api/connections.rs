@@ -8,7 +8,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::ApiState;
 use super::agents::AgentId;
 use super::error::{ApiError, BadRequest, Refusals, UnknownAgent};
-use super::page::{PageQuery, Params};
+use super::page::{HistoryPageQuery, Params};
 use crate::store::{ConnectionRow, HistoryFilter, Transition};
 
 /// One page of the connection history.
@@ -44,7 +44,7 @@ pub(super) struct SpanQuery {
     params(
         ("id" = uuid::Uuid, Path, description = "The instance uid", example = "01919d4c-8f2b-7aa0-9d3e-5b1c2d3e4f50"),
         SpanQuery,
-        PageQuery,
+        HistoryPageQuery,
     ),
     responses(
         (status = 200, description = "One page", body = ConnectionPage),
@@ -85,7 +85,7 @@ pub(super) struct TransitionPage {
 #[utoipa::path(get, path = "/api/v1/agents/{id}/status-history", tag = "agents",
     params(
         ("id" = uuid::Uuid, Path, description = "The instance uid", example = "01919d4c-8f2b-7aa0-9d3e-5b1c2d3e4f50"),
-        PageQuery,
+        HistoryPageQuery,
     ),
     responses(
         (status = 200, description = "One page", body = TransitionPage),

@@ -11,6 +11,7 @@ use axum::http::request::Parts;
 use utoipa::IntoParams;
 
 use super::error::ApiError;
+use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::store::PageRequest;
 
@@ -20,16 +21,49 @@ const DEFAULT_LIMIT: u32 = 100;
 /// How many items a page has at most.
 const MAX_LIMIT: u32 = 1_000;
 
-/// Which page.
+/// Which page of a list of agents.
 #[derive(IntoParams)]
 #[into_params(parameter_in = Query)]
 #[expect(dead_code, reason = "described here, read by `Params::page`")]
-pub(super) struct PageQuery {
+pub(super) struct AgentPageQuery {
     /// Items per page
     #[param(minimum = 1, maximum = 1000, default = 100, example = 100)]
     limit: Option<u32>,
     /// The `next_cursor` of the page before, as it is: what it holds may change
+    #[param(format = Uuid)]
     cursor: Option<String>,
+}
+
+/// Which page of an agent's history.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "described here, read by `Params::page`")]
+pub(super) struct HistoryPageQuery {
+    /// Items per page
+    #[param(minimum = 1, maximum = 1000, default = 100, example = 100)]
+    limit: Option<u32>,
+    /// The `next_cursor` of the page before, as it is: what it holds may change
+    #[param(pattern = "^[0-9]{1,18}$")]
+    cursor: Option<String>,
+}
+
+/// What the last item of a page is known by.
+pub(super) trait Cursor: Sized {
+    /// Reads it as it was given out, and in no other form.
+    fn read(text: &str) -> Option<Self>;
+}
+
+impl Cursor for InstanceUid {
+    fn read(text: &str) -> Option<Self> {
+        text.parse().ok()
+    }
+}
+
+impl Cursor for i64 {
+    fn read(text: &str) -> Option<Self> {
+        let digits = text.len() <= 18 && text.bytes().all(|byte| byte.is_ascii_digit());
+        text.parse().ok().filter(|_| digits)
+    }
 }
 
 /// The query parameters of a request that nobody has asked for yet.
@@ -96,13 +130,13 @@ impl Params {
     }
 
     /// Takes `limit` and `cursor`.
-    pub(super) fn page<K: FromStr<Err: Display>>(&mut self) -> Result<PageRequest<K>, ApiError> {
+    pub(super) fn page<K: Cursor>(&mut self) -> Result<PageRequest<K>, ApiError> {
         let limit = self
             .checked("limit", "1 to 1000", |text| {
                 text.parse().ok().filter(|limit| (1..=MAX_LIMIT).contains(limit))
             })?
             .unwrap_or(DEFAULT_LIMIT);
-        let after = self.parsed("cursor", "the next_cursor of the page before")?;
+        let after = self.checked("cursor", "the next_cursor of the page before", K::read)?;
         Ok(PageRequest { after, limit })
     }
 

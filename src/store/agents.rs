@@ -452,12 +452,18 @@ pub(super) fn select_agents<D>(
     for<'q> Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    query.push("SELECT ").push(ROW).push(JOINED).push(" WHERE true");
-    narrow(query, filter);
+    // First whom the page shows, from indexes alone; then their rows, which are large.
+    query.push("SELECT ").push(ROW).push(" FROM (SELECT a.id");
+    from_matching(query, filter);
     if let Some(after) = page.after {
         query.push(" AND a.id > ").push_bind(after.as_uuid());
     }
     query.push(" ORDER BY a.id LIMIT ").push_bind(i64::from(page.limit));
+    query
+        .push(") page JOIN agents a ON a.id = page.id")
+        .push(LIVENESS)
+        .push(CONNECTION)
+        .push(" ORDER BY a.id");
 }
 
 /// How many rows a statement changed.
@@ -550,9 +556,6 @@ where
     if filter.unseen_since.is_some() {
         query.push(LIVENESS);
     }
-    if filter.transport.is_some() {
-        query.push(CONNECTION);
-    }
     query.push(" WHERE true");
     narrow(query, filter);
 }
@@ -590,18 +593,26 @@ where
         query.push(" AND a.healthy = ").push_bind(healthy);
     }
     if let Some(transport) = filter.transport {
-        query.push(" AND a.connection_id IS NOT NULL AND c.transport = ").push_bind(transport.label());
+        query
+            .push(
+                " AND a.connection_id IS NOT NULL AND a.id IN (SELECT c.agent_id FROM agent_connection_history c
+                 WHERE c.disconnected_at IS NULL AND c.transport = ",
+            )
+            .push_bind(transport.label())
+            .push(")");
     }
     for (key, value) in &filter.attributes {
+        query.push(" AND ").push(D::LOOK_THROUGH);
         query
-            .push(" AND a.id IN (SELECT t.agent_id FROM agent_attributes t WHERE t.key = ")
+            .push("a.id IN (SELECT t.agent_id FROM agent_attributes t WHERE t.key = ")
             .push_bind(key.clone());
         query.push(" AND t.value = ").push_bind(value.clone()).push(")");
     }
     if let Some(since) = filter.unseen_since {
         query.push(" AND l.last_seen_at < ").push_bind(since);
     }
-    if let Some(prefix) = &filter.prefix {
+    // Every id begins with nothing.
+    if let Some(prefix) = filter.prefix.as_deref().filter(|prefix| !prefix.is_empty()) {
         begins_with(query, prefix);
     }
 }
@@ -616,15 +627,17 @@ where
     // No character sorts behind the last code point, so that the range holds every text with this prefix.
     // The database folds the case of both sides, each in its own way.
     let high = format!("{prefix}\u{10ffff}");
-    for (opening, column) in [(" AND (", "name"), (" OR ", "host")] {
-        let column = D::sorted_by_bytes(&format!("lower(a.{column})"));
-        query.push(format!("{opening}({column} >= lower(")).push_bind(prefix.to_owned());
-        query.push(format!(") AND {column} <= lower(")).push_bind(high.clone()).push("))");
+    let [begin, next, end, table] = D::EITHER;
+    for (opening, column) in [(format!(" AND {begin}"), "name"), (next.to_owned(), "host")] {
+        let column = D::sorted_by_bytes(&format!("lower({table}.{column})"));
+        query.push(format!("{opening}{column} >= lower(")).push_bind(prefix.to_owned());
+        query.push(format!(") AND {column} <= lower(")).push_bind(high.clone()).push(")");
     }
     if let Some((low, high)) = uid_range(&prefix.to_ascii_lowercase()) {
-        query.push(" OR (a.id >= ").push_bind(low).push(" AND a.id <= ").push_bind(high).push(")");
+        query.push(format!("{next}{table}.id >= ")).push_bind(low);
+        query.push(format!(" AND {table}.id <= ")).push_bind(high);
     }
-    query.push(")");
+    query.push(end);
 }
 
 /// The first and the last uid whose text begins with `prefix`; none where no uid does.

@@ -77,10 +77,12 @@ pub struct PolledConnection {
     pub poll_silence_ms: Option<i64>,
 }
 
-const COLUMNS: &str = "SELECT c.id, c.agent_id, c.connected_at, c.disconnected_at, c.disconnected_by, c.duration_seconds,
+const COLUMNS: &str =
+    "SELECT c.id, c.agent_id, c.connected_at, c.disconnected_at, c.disconnected_by, c.duration_seconds,
     c.disconnect_reason, c.remote_addr, c.transport, c.node_id, c.node_seq, c.created_at,
-    CASE WHEN c.disconnected_at IS NULL THEN l.last_seen_at END AS confirmed_until
-    FROM agent_connection_history c LEFT JOIN agent_liveness l ON l.agent_id = c.agent_id WHERE c.agent_id = ";
+    CASE WHEN c.disconnected_at IS NULL THEN l.last_seen_at END AS confirmed_until";
+
+const LIVENESS: &str = " LEFT JOIN agent_liveness l ON l.agent_id = c.agent_id";
 
 impl<D> SqlStore<D>
 where
@@ -99,7 +101,8 @@ where
         agent: InstanceUid,
     ) -> Result<Option<ConnectionRow>, StoreError> {
         let mut query = QueryBuilder::new(COLUMNS);
-        query.push_bind(agent.as_uuid()).push(" AND c.disconnected_at IS NULL");
+        query.push(" FROM agent_connection_history c").push(LIVENESS);
+        query.push(" WHERE c.disconnected_at IS NULL AND c.agent_id = ").push_bind(agent.as_uuid());
         query.build_query_as().fetch_optional(&self.readers).await.map_err(failure::<D>)
     }
 
@@ -156,12 +159,17 @@ pub(super) fn select_connections<D>(
     for<'q> Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    query.push(COLUMNS).push_bind(agent.as_uuid());
+    // First which rows the page shows, from the index alone: the primary key has the same order, and whoever walks
+    // down there meets everybody else's rows.
+    query.push(COLUMNS).push(" FROM (SELECT c.id FROM agent_connection_history c WHERE c.agent_id = ");
+    query.push_bind(agent.as_uuid());
     narrow(query, filter);
     if let Some(after) = page.after {
         query.push(" AND c.id < ").push_bind(after);
     }
     query.push(" ORDER BY c.id DESC LIMIT ").push_bind(i64::from(page.limit));
+    query.push(") page JOIN agent_connection_history c ON c.id = page.id").push(LIVENESS);
+    query.push(" ORDER BY c.id DESC");
 }
 
 /// Adds the conditions of `filter`.

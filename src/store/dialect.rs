@@ -35,6 +35,13 @@ pub(super) trait Dialect: Database {
     const SKIP_LOCKED: &'static str;
     /// The query for the database's time; none where that is the host's.
     const NOW: Option<&'static str>;
+    /// Before a column that must be in a set: look through the agents, do not look up each of the set. SQLite knows
+    /// nothing of the set's size and would always do the latter; Postgres decides by itself.
+    const LOOK_THROUGH: &'static str;
+    /// How to ask for agents of which one of several conditions holds, each served by an index: the beginning, what
+    /// stands between two, the end, and the name of the table in the conditions. SQLite walks the largest index
+    /// where it meets an OR beside another condition.
+    const EITHER: [&'static str; 4];
     /// The smaller and the larger of two values.
     const LEAST: &'static str;
     const GREATEST: &'static str;
@@ -84,6 +91,8 @@ impl Dialect for Postgres {
     const LOCK_AGENTS: &'static str = "FOR UPDATE OF a";
     const SKIP_LOCKED: &'static str = "FOR UPDATE SKIP LOCKED";
     const NOW: Option<&'static str> = Some("SELECT clock_timestamp()");
+    const LOOK_THROUGH: &'static str = "";
+    const EITHER: [&'static str; 4] = ["(", " OR ", ")", "a"];
     const LEAST: &'static str = "least";
     const GREATEST: &'static str = "greatest";
     const ANNOUNCE: Option<&'static str> = Some("SELECT pg_notify('opamp_orders', '')");
@@ -142,6 +151,13 @@ impl Dialect for Sqlite {
     const LOCK_AGENTS: &'static str = "";
     const SKIP_LOCKED: &'static str = "";
     const NOW: Option<&'static str> = None;
+    const LOOK_THROUGH: &'static str = "+";
+    const EITHER: [&'static str; 4] = [
+        "+a.id IN (SELECT n.id FROM agents n WHERE ",
+        " UNION ALL SELECT n.id FROM agents n WHERE ",
+        ")",
+        "n",
+    ];
     const LEAST: &'static str = "min";
     const GREATEST: &'static str = "max";
     const ANNOUNCE: Option<&'static str> = None;

@@ -10,6 +10,9 @@ use sqlx::{ConnectOptions, Sqlite};
 use super::dialect::{LockPlace, SqlStore, bounded, failure};
 use super::{CALL_DEADLINE, Store, StoreError};
 
+/// The cache of a connection that reads, 16 MiB: the indexes of a large fleet stay in it.
+const READER_CACHE: &str = "-16384";
+
 /// Opens the store, a file that is made where it is missing, and brings its schema up to date.
 pub(super) async fn open(
     url: &str,
@@ -64,7 +67,8 @@ pub(super) async fn connect(
         // A database in memory is private to its one connection.
         writers.clone()
     } else {
-        pool(max_connections).connect_lazy_with(options.pragma("query_only", "on"))
+        let reading = options.pragma("query_only", "on").pragma("cache_size", READER_CACHE);
+        pool(max_connections).connect_lazy_with(reading)
     };
     let lock_place = if in_memory {
         LockPlace::Nowhere

@@ -115,12 +115,14 @@ where
     for<'q> Uuid: Encode<'q, D> + Type<D>,
 {
     query.push(
-        "SELECT id, at, from_status AS \"from\", to_status AS \"to\", reason, connection_id, node_id
-         FROM agent_status_log WHERE agent_id = ",
+        "SELECT s.id, s.at, s.from_status AS \"from\", s.to_status AS \"to\", s.reason, s.connection_id, s.node_id
+         FROM (SELECT id FROM agent_status_log WHERE agent_id = ",
     );
+    // The page from the index alone, then its rows: not down the primary key, past everybody else's.
     query.push_bind(agent.as_uuid());
     if let Some(after) = page.after {
         query.push(" AND id < ").push_bind(after);
     }
     query.push(" ORDER BY id DESC LIMIT ").push_bind(i64::from(page.limit));
+    query.push(") page JOIN agent_status_log s ON s.id = page.id ORDER BY s.id DESC");
 }
