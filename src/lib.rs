@@ -6,7 +6,7 @@
 //! ## How to read it
 //!
 //! [`agent`] (pure: what an agent is, what a report changes, what it is answered), then [`session`]
-//! (one agent's conversation, without any socket), then `transport/websocket.rs` (one link, one
+//! (one agent's conversation, without any socket), then `transport/websocket/` (one link, one
 //! task), then [`server`] (everything is built there, once).
 //!
 //! ## A report's way

@@ -152,8 +152,7 @@ impl Server {
         own_timers(&mut owners, config, &services, node_id, &stops);
         let lease = hold_lease(
             Arc::clone(&services),
-            node_id,
-            config.node.lease,
+            Node { id: node_id, name: name.clone(), lease: config.node.lease },
             ended.clone(),
             stops.writing.clone(),
         );
@@ -529,17 +528,24 @@ async fn restore(
     Ok(())
 }
 
-/// Renews the node's lease three times as often as it would run out.
-async fn hold_lease(
-    services: Arc<Services>,
-    node_id: Uuid,
+/// This node, as it is on record.
+struct Node {
+    id: Uuid,
+    name: String,
     lease: Duration,
-    ended: CancellationToken,
-    stop: CancellationToken,
-) {
-    while stop.run_until_cancelled(tokio::time::sleep(lease / 3)).await.is_some() {
-        match services.store.renew_node(node_id, services.clock.now()).await {
-            Ok(true) => services.outage.written(),
+}
+
+/// Renews the node's lease three times as often as it would run out.
+async fn hold_lease(services: Arc<Services>, node: Node, ended: CancellationToken, stop: CancellationToken) {
+    while stop.run_until_cancelled(tokio::time::sleep(node.lease / 3)).await.is_some() {
+        match services.store.renew_node(node.id, services.clock.now()).await {
+            Ok(true) => {
+                services.outage.written();
+                // A database that was restarted has forgotten who holds the name.
+                if !services.store.lock_node_name(&node.name).await.unwrap_or(true) {
+                    tracing::warn!(name = node.name, "another opamp-server has taken the name of this node");
+                }
+            }
             Ok(false) => {
                 ended.cancel();
                 stop.cancelled().await;

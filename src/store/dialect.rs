@@ -220,7 +220,7 @@ pub(super) fn failure<D: Dialect>(error: sqlx::Error) -> StoreError {
 pub(super) struct SqlStore<D: Dialect> {
     pub(super) writers: Pool<D>,
     pub(super) readers: Pool<D>,
-    pub(super) name_lock: tokio::sync::Mutex<Option<NameLock>>,
+    pub(super) name_lock: tokio::sync::Mutex<Option<(String, NameLock)>>,
     pub(super) lock_place: LockPlace,
 }
 
@@ -237,7 +237,7 @@ pub(super) enum LockPlace {
 
 /// What holds the lock on a node's name; dropping it lets go.
 #[derive(Debug)]
-#[expect(dead_code, reason = "held, not read: the lock lives as long as its connection or file")]
+#[expect(dead_code, reason = "a file is held, not read: the lock lives as long as it")]
 pub(super) enum NameLock {
     Session(sqlx::PgConnection),
     File(std::fs::File),

@@ -321,7 +321,8 @@ pub trait NodeStore: Send + Sync {
     /// The database's time.
     async fn now(&self) -> Result<Moment, StoreError>;
 
-    /// Takes the lock on a node name, held until the store is dropped; false where another process holds it.
+    /// Takes the lock on a node name, held until the store is dropped; false where another process
+    /// holds it. Asked again by its holder, it makes sure that the lock is still held.
     async fn lock_node_name(&self, name: &str) -> Result<bool, StoreError>;
 
     /// Puts a starting node on record and ends its predecessor's open connections as `server_lost`.

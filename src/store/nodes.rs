@@ -76,12 +76,15 @@ where
 
     async fn lock_node_name(&self, name: &str) -> Result<bool, StoreError> {
         let mut held = self.name_lock.lock().await;
-        let lock = bounded(take_lock(&self.lock_place, name)).await?;
-        let taken = lock.is_some();
-        if taken {
-            *held = lock;
+        if let Some((held_name, lock)) = held.as_mut()
+            && held_name == name
+            && bounded(still_holds(lock)).await.is_ok()
+        {
+            return Ok(true);
         }
-        Ok(taken)
+        *held = None;
+        *held = bounded(take_lock(&self.lock_place, name)).await?.map(|lock| (name.to_owned(), lock));
+        Ok(held.is_some())
     }
 
     async fn start_node(&self, node: &NewNode) -> Result<NodeStart, StoreError> {
@@ -122,6 +125,14 @@ where
             bounded(async { query.bind(node).fetch_optional(&self.readers).await.map_err(failure::<D>) })
                 .await?;
         Ok(peer.is_some())
+    }
+}
+
+/// An error where the session that held the lock is gone, and the lock with it.
+async fn still_holds(lock: &mut NameLock) -> Result<(), StoreError> {
+    match lock {
+        NameLock::Session(session) => session.ping().await.map_err(failure::<sqlx::Postgres>),
+        NameLock::File(_) | NameLock::Nowhere => Ok(()),
     }
 }
 

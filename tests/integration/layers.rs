@@ -52,7 +52,7 @@ const FOREIGN: [(&str, &[&str]); 6] = [
     ("hyper", &["transport/", "healthcheck.rs"]),
     ("hyper_util", &["transport/", "healthcheck.rs"]),
     ("tokio_tungstenite", &["transport/"]),
-    ("prost", &["proto.rs", "wire/", "agent/"]),
+    ("prost", &["proto.rs", "wire/", "agent/", "transport/websocket/tests.rs"]),
 ];
 
 struct Source {

@@ -247,6 +247,28 @@ async fn large_messages_wait_for_the_budget() {
     join_all(greetings).await;
 }
 
+/// An answer that is never read blocks nobody else, and its reader is ended as `slow_reader` at its deadline.
+#[tokio::test]
+async fn an_answer_that_is_never_read_ends_its_reader() {
+    let server = TestServer::with(|config| config.heartbeat.timeout = Duration::from_secs(2)).await;
+    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+    socket.set_recv_buffer_size(4_096).expect("the option is known");
+    let stream = socket.connect(server.agents).await.expect("the port is open");
+    let mut peer = Peer { stream, connected: Instant::now() };
+    peer.send(HANDSHAKE).await;
+    let mut agent = Agent::new();
+    let first = [&[0][..], &agent.full().encode_to_vec()].concat();
+    peer.send(&masked(0x82, &first)).await;
+    let sign_of_life = masked(0x82, &[&[0][..], &agent.bare().encode_to_vec()].concat());
+    let many = sign_of_life.repeat(1_000);
+    // Until the server has stopped reading, because what it has to say is not read.
+    while tokio::time::timeout(Duration::from_millis(500), peer.stream.write_all(&many)).await.is_ok() {}
+    let mut other = Agent::new();
+    assert_acknowledged(&Socket::greet(&server, &other.full()).await.1, other.uid);
+    assert_eq!(server.until_ended(agent.uid).await["disconnect_reason"], "slow_reader");
+    assert_eq!(server.status(agent.uid).await["status"], "offline");
+}
+
 /// Handshakes that never come to an end keep nobody out.
 #[tokio::test]
 async fn ten_thousand_half_open_handshakes_keep_nobody_out() {

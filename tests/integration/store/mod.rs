@@ -127,6 +127,7 @@ conformance! {
         a_node_that_was_replaced_cannot_renew(store),
         living_peers_are_seen(database),
         a_node_name_has_one_holder(database),
+        a_lost_lock_on_a_name_is_taken_again(database),
         the_time_is_the_databases(store),
     }
     identity {

@@ -190,6 +190,20 @@ pub(super) async fn a_node_name_has_one_holder(database: &Database) {
     await_lock(&database.open().await, "a").await;
 }
 
+/// A database that drops its sessions has forgotten who holds a name: the holder takes it again when it asks.
+pub(super) async fn a_lost_lock_on_a_name_is_taken_again(database: &Database) {
+    let (holder, other, raw) = (database.open().await, database.open().await, database.raw().await);
+    assert_eq!(holder.lock_node_name("a").await, Ok(true));
+    if database.kind() == Kind::Postgres {
+        let cut = "SELECT count(pg_terminate_backend(l.pid)) FROM pg_locks l
+                   WHERE l.locktype = 'advisory' AND l.granted
+                       AND l.database = (SELECT d.oid FROM pg_database d WHERE d.datname = current_database())";
+        assert_eq!(raw.number(cut).await, 1);
+    }
+    await_lock(&holder, "a").await;
+    assert_eq!(other.lock_node_name("a").await, Ok(false), "it is held again");
+}
+
 async fn await_lock(store: &Arc<dyn Store>, name: &str) {
     let taken = async { while store.lock_node_name(name).await != Ok(true) {} };
     tokio::time::timeout(Duration::from_secs(10), taken).await.expect("the name is free again");

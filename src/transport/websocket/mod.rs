@@ -482,3 +482,6 @@ where
 fn come_later() -> Refusal {
     Refusal::Unavailable { retry_after_seconds: 30 }
 }
+
+#[cfg(test)]
+mod tests;
