@@ -42,6 +42,9 @@ pub(super) trait Dialect: Database {
     /// stands between two, the end, and the name of the table in the conditions. SQLite walks the largest index
     /// where it meets an OR beside another condition.
     const EITHER: [&'static str; 4];
+    /// True where a page of agents is found by their ids first and its rows are read then: SQLite sorts whatever is
+    /// selected. Postgres joins as it walks and would look for the rows once more.
+    const PAGE_FIRST: bool;
     /// The smaller and the larger of two values.
     const LEAST: &'static str;
     const GREATEST: &'static str;
@@ -92,6 +95,7 @@ impl Dialect for Postgres {
     const SKIP_LOCKED: &'static str = "FOR UPDATE SKIP LOCKED";
     const NOW: Option<&'static str> = Some("SELECT clock_timestamp()");
     const LOOK_THROUGH: &'static str = "";
+    const PAGE_FIRST: bool = false;
     const EITHER: [&'static str; 4] = ["(", " OR ", ")", "a"];
     const LEAST: &'static str = "least";
     const GREATEST: &'static str = "greatest";
@@ -152,6 +156,7 @@ impl Dialect for Sqlite {
     const SKIP_LOCKED: &'static str = "";
     const NOW: Option<&'static str> = None;
     const LOOK_THROUGH: &'static str = "+";
+    const PAGE_FIRST: bool = true;
     const EITHER: [&'static str; 4] = [
         "+a.id IN (SELECT n.id FROM agents n WHERE ",
         " UNION ALL SELECT n.id FROM agents n WHERE ",
