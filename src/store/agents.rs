@@ -452,18 +452,22 @@ pub(super) fn select_agents<D>(
     for<'q> Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    // First whom the page shows, from indexes alone; then their rows, which are large.
-    query.push("SELECT ").push(ROW).push(" FROM (SELECT a.id");
-    from_matching(query, filter);
+    query.push("SELECT ").push(ROW);
+    if D::PAGE_FIRST {
+        query.push(" FROM (SELECT a.id");
+        from_matching(query, filter);
+    } else {
+        query.push(" FROM agents a").push(LIVENESS).push(CONNECTION).push(" WHERE true");
+        narrow(query, filter, true);
+    }
     if let Some(after) = page.after {
         query.push(" AND a.id > ").push_bind(after.as_uuid());
     }
     query.push(" ORDER BY a.id LIMIT ").push_bind(i64::from(page.limit));
-    query
-        .push(") page JOIN agents a ON a.id = page.id")
-        .push(LIVENESS)
-        .push(CONNECTION)
-        .push(" ORDER BY a.id");
+    if D::PAGE_FIRST {
+        query.push(") page JOIN agents a ON a.id = page.id").push(LIVENESS).push(CONNECTION);
+        query.push(" ORDER BY a.id");
+    }
 }
 
 /// How many rows a statement changed.
@@ -557,11 +561,11 @@ where
         query.push(LIVENESS);
     }
     query.push(" WHERE true");
-    narrow(query, filter);
+    narrow(query, filter, false);
 }
 
-/// Adds the conditions of `filter`.
-fn narrow<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter)
+/// Adds the conditions of `filter`; `walked` where the connection is joined and the rows are met one by one.
+fn narrow<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter, walked: bool)
 where
     D: Dialect,
     for<'q> String: Encode<'q, D> + Type<D>,
@@ -593,13 +597,12 @@ where
         query.push(" AND a.healthy = ").push_bind(healthy);
     }
     if let Some(transport) = filter.transport {
-        query
-            .push(
-                " AND a.connection_id IS NOT NULL AND a.id IN (SELECT c.agent_id FROM agent_connection_history c
-                 WHERE c.disconnected_at IS NULL AND c.transport = ",
-            )
-            .push_bind(transport.label())
-            .push(")");
+        query.push(" AND a.connection_id IS NOT NULL AND ").push(if walked {
+            "(c.transport = "
+        } else {
+            "a.id IN (SELECT o.agent_id FROM agent_connection_history o WHERE o.disconnected_at IS NULL AND o.transport = "
+        });
+        query.push_bind(transport.label()).push(")");
     }
     for (key, value) in &filter.attributes {
         query.push(" AND ").push(D::LOOK_THROUGH);

@@ -5,7 +5,7 @@ use sqlx::{Decode, Encode, Executor, FromRow, IntoArguments, QueryBuilder, Type}
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::dialect::{Dialect, SqlStore, failure};
+use super::dialect::{Dialect, SqlStore, failure, push_rows_before};
 use super::{Page, PageRequest, StoreError, Transport};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
@@ -159,15 +159,11 @@ pub(super) fn select_connections<D>(
     for<'q> Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    // First which rows the page shows, from the index alone: the primary key has the same order, and whoever walks
-    // down there meets everybody else's rows.
-    query.push(COLUMNS).push(" FROM (SELECT c.id FROM agent_connection_history c WHERE c.agent_id = ");
-    query.push_bind(agent.as_uuid());
+    // First which rows the page shows, from the index alone, then those rows.
+    query.push(COLUMNS).push(" FROM (SELECT c.id FROM agent_connection_history c WHERE ");
+    push_rows_before(query, agent.as_uuid(), page.after);
     narrow(query, filter);
-    if let Some(after) = page.after {
-        query.push(" AND c.id < ").push_bind(after);
-    }
-    query.push(" ORDER BY c.id DESC LIMIT ").push_bind(i64::from(page.limit));
+    query.push(" ORDER BY c.agent_id DESC, c.id DESC LIMIT ").push_bind(i64::from(page.limit));
     query.push(") page JOIN agent_connection_history c ON c.id = page.id").push(LIVENESS);
     query.push(" ORDER BY c.id DESC");
 }

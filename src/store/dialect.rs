@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use serde_json::Value;
 use sqlx::{
-    AssertSqlSafe, Database, Encode, Executor, IntoArguments, Pool, Postgres, Sqlite, Transaction, Type,
+    AssertSqlSafe, Database, Encode, Executor, IntoArguments, Pool, Postgres, QueryBuilder, Sqlite,
+    Transaction, Type,
 };
+use uuid::Uuid;
 
 use super::{CALL_DEADLINE, StoreError};
 
@@ -42,6 +44,14 @@ pub(super) trait Dialect: Database {
     /// stands between two, the end, and the name of the table in the conditions. SQLite walks the largest index
     /// where it meets an OR beside another condition.
     const EITHER: [&'static str; 4];
+    /// True where a page of agents is found by their ids first and its rows are read then: SQLite sorts whatever is
+    /// selected. Postgres joins as it walks and would look for the rows once more.
+    const PAGE_FIRST: bool;
+    /// The conditions for the rows of one agent in `c` before one of them: what stands before, between and after the
+    /// agent, the agent once more, and the id. In the order of both columns there is one index. With a plain equality
+    /// Postgres knows that the agent does not matter there, and takes the primary key where it thinks it likely to
+    /// meet the agent's rows soon, past everybody else's.
+    const ROWS_BEFORE: [&'static str; 4];
     /// The smaller and the larger of two values.
     const LEAST: &'static str;
     const GREATEST: &'static str;
@@ -92,6 +102,8 @@ impl Dialect for Postgres {
     const SKIP_LOCKED: &'static str = "FOR UPDATE SKIP LOCKED";
     const NOW: Option<&'static str> = Some("SELECT clock_timestamp()");
     const LOOK_THROUGH: &'static str = "";
+    const PAGE_FIRST: bool = false;
+    const ROWS_BEFORE: [&'static str; 4] = ["c.agent_id >= ", " AND (c.agent_id, c.id) < (", ", ", ")"];
     const EITHER: [&'static str; 4] = ["(", " OR ", ")", "a"];
     const LEAST: &'static str = "least";
     const GREATEST: &'static str = "greatest";
@@ -152,6 +164,8 @@ impl Dialect for Sqlite {
     const SKIP_LOCKED: &'static str = "";
     const NOW: Option<&'static str> = None;
     const LOOK_THROUGH: &'static str = "+";
+    const PAGE_FIRST: bool = true;
+    const ROWS_BEFORE: [&'static str; 4] = ["c.agent_id = ", " AND c.agent_id = ", " AND c.id < ", ""];
     const EITHER: [&'static str; 4] = [
         "+a.id IN (SELECT n.id FROM agents n WHERE ",
         " UNION ALL SELECT n.id FROM agents n WHERE ",
@@ -266,6 +280,18 @@ impl<D: Dialect> SqlStore<D> {
     pub(super) async fn begin(&self) -> Result<Transaction<'static, D>, StoreError> {
         self.writers.begin_with(D::BEGIN).await.map_err(failure::<D>)
     }
+}
+
+/// Adds the conditions for the rows of `agent` in `c` that follow `after` in a list with the newest first.
+pub(super) fn push_rows_before<D>(query: &mut QueryBuilder<D>, agent: Uuid, after: Option<i64>)
+where
+    D: Dialect,
+    for<'q> i64: Encode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+{
+    let [begin, again, id, end] = D::ROWS_BEFORE;
+    query.push(begin).push_bind(agent).push(again).push_bind(agent);
+    query.push(id).push_bind(after.unwrap_or(i64::MAX)).push(end);
 }
 
 /// A batch as the one parameter of its statement.

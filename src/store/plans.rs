@@ -21,7 +21,7 @@ const GROWING: [&str; 5] =
 const AGENTS: usize = 20_000;
 
 /// How many more of both the first agent has: enough that its rows are met on the way through everybody's.
-const BUSY: usize = 3_000;
+const BUSY: usize = 18_000;
 
 /// A fleet in which everything that is looked for is rare, so that an index is worth it.
 fn fleet(postgres: bool) -> String {

@@ -6,7 +6,7 @@ use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, QueryB
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::dialect::{Column, Dialect, SqlStore, failure, rows};
+use super::dialect::{Column, Dialect, SqlStore, failure, push_rows_before, rows};
 use super::{Page, PageRequest, Status, StatusChange, StoreError};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
@@ -116,13 +116,9 @@ where
 {
     query.push(
         "SELECT s.id, s.at, s.from_status AS \"from\", s.to_status AS \"to\", s.reason, s.connection_id, s.node_id
-         FROM (SELECT id FROM agent_status_log WHERE agent_id = ",
+         FROM (SELECT c.id FROM agent_status_log c WHERE ",
     );
-    // The page from the index alone, then its rows: not down the primary key, past everybody else's.
-    query.push_bind(agent.as_uuid());
-    if let Some(after) = page.after {
-        query.push(" AND id < ").push_bind(after);
-    }
-    query.push(" ORDER BY id DESC LIMIT ").push_bind(i64::from(page.limit));
+    push_rows_before(query, agent.as_uuid(), page.after);
+    query.push(" ORDER BY c.agent_id DESC, c.id DESC LIMIT ").push_bind(i64::from(page.limit));
     query.push(") page JOIN agent_status_log s ON s.id = page.id ORDER BY s.id DESC");
 }
