@@ -575,8 +575,10 @@ where
         let text = format!(
             "UPDATE agent_connection_history AS c SET disconnected_at = r.at, disconnected_by = r.known_by,
                  duration_seconds = r.seconds, disconnect_reason = r.reason
-             FROM {} r WHERE c.id = r.id AND c.disconnected_at IS NULL",
-            rows::<D>(&columns)
+             FROM {} r WHERE c.id = r.id AND {}c.disconnected_at IS NULL",
+            rows::<D>(&columns),
+            // By the row's key, not through every open row and the whole batch for each.
+            D::LOOK_THROUGH
         );
         Self::execute(tx, text, ends).await
     }
