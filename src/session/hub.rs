@@ -111,19 +111,24 @@ impl Hub {
     /// Keeps the seat in its agent's place: an end that came meanwhile may have cleared the place.
     pub fn keep_seat(&self, agent: InstanceUid, seat: &Seat) {
         let is_poller = |connection: &Arc<OpenConnection>| connection.transport == Transport::Http;
-        if let Some(place) = self.shard(agent).get_mut(&agent)
-            && place.connection.as_ref().is_some_and(is_poller)
-        {
-            place.seat = Some(Arc::clone(seat));
-        }
+        // Whatever was kept before is dropped after the lock is gone: a session's end takes it again.
+        let _replaced = {
+            let mut shard = self.shard(agent);
+            shard
+                .get_mut(&agent)
+                .filter(|place| place.connection.as_ref().is_some_and(is_poller))
+                .and_then(|place| place.seat.replace(Arc::clone(seat)))
+        };
     }
 
     /// Gives up the seat of a poller that has no session after all.
     pub fn free_seat(&self, agent: InstanceUid) {
-        let mut shard = self.shard(agent);
-        if shard.get(&agent).is_some_and(|place| place.connection.is_none()) {
-            shard.remove(&agent);
-        }
+        // As above: the seat may be another one, with a session in it.
+        let _freed = {
+            let mut shard = self.shard(agent);
+            let is_empty = shard.get(&agent).is_some_and(|place| place.connection.is_none());
+            if is_empty { shard.remove(&agent) } else { None }
+        };
     }
 
     /// Every connection on this node.
