@@ -199,7 +199,7 @@ impl Session {
             }
             Err(error) => {
                 self.connection.pulse.unsettled();
-                self.state.missed();
+                self.state.missed(report.sequence_num);
                 Err(refusal(&self.services, &error))
             }
         }

@@ -141,6 +141,7 @@ pub struct KnownAgent {
 
 /// What a session keeps of an agent's reports.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "facts of one agent, each of its own")]
 pub struct AgentState {
     /// Number of the last report, the base of the next one.
     number: Option<u64>,
@@ -148,6 +149,8 @@ pub struct AgentState {
     stale: bool,
     /// True where the agent was heard before, so that a first number continues nothing.
     known_agent: bool,
+    /// True from the loss of a report that did not continue until the next one, which does not either.
+    broken: bool,
     /// True once full state was asked for because a promised part was missing.
     asked: bool,
     capabilities: Capabilities,
@@ -212,6 +215,7 @@ impl AgentState {
             number: agent.sequence_num,
             stale: agent.known && agent.sequence_num.is_none(),
             known_agent: agent.known,
+            broken: false,
             asked: false,
             capabilities: agent.capabilities,
             known: agent.parts,
@@ -232,8 +236,12 @@ impl AgentState {
         self.capabilities
     }
 
-    /// Notes that a report could not be stored: whatever comes next does not continue, also where no number is known.
-    pub fn missed(&mut self) {
+    /// Notes that the report with this number could not be stored: whatever comes next does not continue.
+    ///
+    /// That holds where no number is known, and where the lost report started over: the one after it may
+    /// happen to fit the old number.
+    pub fn missed(&mut self, number: u64) {
+        self.broken |= self.breaks_numbers(number);
         self.known_agent = true;
     }
 
@@ -277,6 +285,7 @@ impl AgentState {
         }
         next.asked |= change.ask_full_state;
         next.number = Some(report.sequence_num);
+        next.broken = false;
         next.last_report = Some(digest);
         change.must_save = !change.parts.is_empty()
             || next.capabilities != self.capabilities
@@ -292,6 +301,7 @@ impl AgentState {
     /// True where `number` does not continue (S-044); an agent whose stored number is unknown continues nothing.
     fn breaks_numbers(&self, number: u64) -> bool {
         match self.number {
+            _ if self.broken => true,
             Some(last) => last.wrapping_add(1) != number,
             None => self.known_agent,
         }

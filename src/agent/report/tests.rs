@@ -140,6 +140,20 @@ fn a_known_agent_whose_number_is_unknown_is_asked() {
 }
 
 #[test]
+fn a_refused_new_start_is_not_forgotten_because_the_next_number_fits() {
+    let mut state = new_agent();
+    absorb(&mut state, &full(7, [0; 5]));
+    // The agent started over, with numbers that meet the old ones by chance.
+    let (next, change) = state.absorb(&full(7, [1; 5]), bytes(&full(7, [1; 5])));
+    assert!(change.kind == Kind::Gap && change.must_save && next.stored_number().is_none());
+    state.missed(7);
+    assert_eq!(state.stored_number(), Some(7), "what is stored is still stored");
+    let change = absorb(&mut state, &report(8));
+    assert!(change.kind == Kind::Gap && change.ask_full_state && change.must_save, "{change:?}");
+    assert_eq!(absorb(&mut state, &report(9)).kind, Kind::Continued);
+}
+
+#[test]
 fn r_005_the_same_bytes_are_a_repeat_and_other_bytes_with_the_number_a_gap() {
     let mut state = new_agent();
     absorb(&mut state, &full(1, [1; 5]));
@@ -322,7 +336,7 @@ impl Model {
         }
         if change.must_save {
             if store_refuses {
-                self.state.missed();
+                self.state.missed(report.sequence_num);
                 return None;
             }
             for (index, part) in PARTS.into_iter().enumerate() {
