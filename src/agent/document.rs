@@ -6,7 +6,7 @@
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 
 use super::report::{Part, PartSet};
 use crate::clock::Moment;
@@ -127,6 +127,17 @@ pub fn hex(bytes: &[u8]) -> String {
     })
 }
 
+/// Cleaned text as JSON.
+fn text(text: &str) -> Value {
+    Value::String(clean(text))
+}
+
+/// An object of these members. They are moved: the macro of JSON copies what it is given, which in a tree
+/// copies every leaf once a level.
+fn object<const N: usize>(members: [(&str, Value); N]) -> Value {
+    Value::Object(members.into_iter().map(|(name, member)| (name.to_owned(), member)).collect())
+}
+
 /// At most [`INDEXED_LENGTH`] characters of `text`.
 fn cut(text: &str) -> String {
     text.chars().take(INDEXED_LENGTH).collect()
@@ -162,7 +173,10 @@ fn described(description: &AgentDescription) -> Described {
             .and_then(Value::as_i64)
             .map_or(0, |count| count.clamp(0, i64::from(i32::MAX))),
         attributes: indexed,
-        document: json!({ "identifying_attributes": identifying, "non_identifying_attributes": other }),
+        document: object([
+            ("identifying_attributes", Value::Object(identifying)),
+            ("non_identifying_attributes", Value::Object(other)),
+        ]),
     }
 }
 
@@ -176,7 +190,7 @@ fn value_document(value: Option<&AnyValue>) -> Value {
     use any_value::Value as Kind;
     match value.and_then(|value| value.value.as_ref()) {
         None => Value::Null,
-        Some(Kind::StringValue(text)) => Value::String(clean(text)),
+        Some(Kind::StringValue(words)) => text(words),
         Some(Kind::BoolValue(flag)) => Value::Bool(*flag),
         Some(Kind::IntValue(number)) => Value::from(*number),
         Some(Kind::DoubleValue(number)) => number_document(*number),
@@ -206,77 +220,78 @@ fn time_document(unix_nano: u64) -> Value {
 }
 
 fn health_document(health: &ComponentHealth) -> Value {
-    let components: Map<String, Value> =
+    let components =
         health.component_health_map.iter().map(|(name, part)| (clean(name), health_document(part))).collect();
-    json!({
-        "healthy": health.healthy,
-        "status": clean(&health.status),
-        "last_error": clean(&health.last_error),
-        "start_time": time_document(health.start_time_unix_nano),
-        "status_time": time_document(health.status_time_unix_nano),
-        "attributes": attributes(&health.attributes),
-        "component_health_map": components,
-    })
+    object([
+        ("healthy", Value::Bool(health.healthy)),
+        ("status", text(&health.status)),
+        ("last_error", text(&health.last_error)),
+        ("start_time", time_document(health.start_time_unix_nano)),
+        ("status_time", time_document(health.status_time_unix_nano)),
+        ("attributes", Value::Object(attributes(&health.attributes))),
+        ("component_health_map", Value::Object(components)),
+    ])
 }
 
 fn config_document(config: Option<&AgentConfigMap>) -> Value {
     let files = config.into_iter().flat_map(|config| &config.config_map).map(|(name, file)| {
         let body = match std::str::from_utf8(&file.body) {
-            Ok(text) => json!({ "body": clean(text), "content_type": clean(&file.content_type) }),
-            Err(_) => {
-                json!({ "body_base64": BASE64.encode(&file.body), "content_type": clean(&file.content_type) })
-            }
+            Ok(body) => ("body", text(body)),
+            Err(_) => ("body_base64", Value::String(BASE64.encode(&file.body))),
         };
-        (clean(name), body)
+        (clean(name), object([body, ("content_type", text(&file.content_type))]))
     });
     Value::Object(files.collect())
 }
 
 fn remote_config_document(status: &RemoteConfigStatus) -> Value {
     let state = RemoteConfigStatuses::try_from(status.status).ok().map(|state| state.as_str_name());
-    json!({
-        "last_remote_config_hash": hex(&status.last_remote_config_hash),
-        "status": state_word(state, "RemoteConfigStatuses_", status.status),
-        "error_message": clean(&status.error_message),
-    })
+    object([
+        ("last_remote_config_hash", Value::String(hex(&status.last_remote_config_hash))),
+        ("status", Value::String(state_word(state, "RemoteConfigStatuses_", status.status))),
+        ("error_message", text(&status.error_message)),
+    ])
 }
 
 fn settings_document(status: &ConnectionSettingsStatus) -> Value {
     let state = ConnectionSettingsStatuses::try_from(status.status).ok().map(|state| state.as_str_name());
-    json!({
-        "last_connection_settings_hash": hex(&status.last_connection_settings_hash),
-        "status": state_word(state, "ConnectionSettingsStatuses_", status.status),
-        "error_message": clean(&status.error_message),
-    })
+    object([
+        ("last_connection_settings_hash", Value::String(hex(&status.last_connection_settings_hash))),
+        ("status", Value::String(state_word(state, "ConnectionSettingsStatuses_", status.status))),
+        ("error_message", text(&status.error_message)),
+    ])
 }
 
 fn packages_document(statuses: &PackageStatuses) -> Value {
-    let packages: Map<String, Value> =
+    let packages =
         statuses.packages.iter().map(|(name, package)| (clean(name), package_document(package))).collect();
-    json!({
-        "packages": packages,
-        "server_provided_all_packages_hash": hex(&statuses.server_provided_all_packages_hash),
-        "error_message": clean(&statuses.error_message),
-    })
+    object([
+        ("packages", Value::Object(packages)),
+        (
+            "server_provided_all_packages_hash",
+            Value::String(hex(&statuses.server_provided_all_packages_hash)),
+        ),
+        ("error_message", text(&statuses.error_message)),
+    ])
 }
 
 fn package_document(package: &PackageStatus) -> Value {
     let state = PackageStatusEnum::try_from(package.status).ok().map(|state| state.as_str_name());
-    let download = package.download_details.map(|details| {
-        json!({
-            "download_percent": number_document(details.download_percent),
-            "download_bytes_per_second": number_document(details.download_bytes_per_second),
-        })
+    let download = package.download_details.map_or(Value::Null, |details| {
+        object([
+            ("download_percent", number_document(details.download_percent)),
+            ("download_bytes_per_second", number_document(details.download_bytes_per_second)),
+        ])
     });
-    json!({
-        "agent_has_version": clean(&package.agent_has_version),
-        "agent_has_hash": hex(&package.agent_has_hash),
-        "server_offered_version": clean(&package.server_offered_version),
-        "server_offered_hash": hex(&package.server_offered_hash),
-        "status": state_word(state, "PackageStatusEnum_", package.status),
-        "error_message": clean(&package.error_message),
-        "download_details": download,
-    })
+    object([
+        ("agent_has_version", text(&package.agent_has_version)),
+        ("agent_has_hash", Value::String(hex(&package.agent_has_hash))),
+        ("server_offered_version", text(&package.server_offered_version)),
+        ("server_offered_hash", Value::String(hex(&package.server_offered_hash))),
+        ("status", Value::String(state_word(state, "PackageStatusEnum_", package.status))),
+        ("error_message", text(&package.error_message)),
+        ("download_details", download),
+    ])
 }
 
 /// The inventory, if there is one: a message with only the hash says nothing about it (S-134).
@@ -290,9 +305,12 @@ fn components_document(components: &AvailableComponents) -> Option<Value> {
 }
 
 fn component_document(details: &ComponentDetails) -> Value {
-    let parts: Map<String, Value> =
+    let parts =
         details.sub_component_map.iter().map(|(id, part)| (clean(id), component_document(part))).collect();
-    json!({ "metadata": attributes(&details.metadata), "sub_component_map": parts })
+    object([
+        ("metadata", Value::Object(attributes(&details.metadata))),
+        ("sub_component_map", Value::Object(parts)),
+    ])
 }
 
 /// The word of an enum number; the number itself where this server does not know it (S-141).
@@ -306,6 +324,7 @@ mod tests {
     use crate::proto::AgentConfigFile;
     use proptest::prelude::*;
     use prost::Message;
+    use serde_json::json;
 
     fn text(key: &str, value: &str) -> KeyValue {
         let value = AnyValue { value: Some(any_value::Value::StringValue(value.to_owned())) };
