@@ -5,13 +5,15 @@ use std::io::{Read, Write};
 use flate2::Compression;
 use flate2::read::GzDecoder;
 use flate2::write::GzEncoder;
+use futures_util::future::join_all;
 use opamp_server::proto::{ServerErrorResponseType, ServerToAgent};
 use prost::Message as _;
 
 use super::unhex;
+use crate::harness::Database;
 use crate::harness::agent::{Agent, PROTOBUF, Poller, Socket, assert_acknowledged, error_of};
 use crate::harness::http::Http;
-use crate::harness::server::TestServer;
+use crate::harness::server::{Process, TestServer};
 
 /// The limit of messages in these tests.
 const LIMIT: usize = 1 << 20;
@@ -218,4 +220,25 @@ async fn s_138_too_many_links_are_503_with_a_moment_to_come_back() {
         Socket::open(&server, "/v1/opamp", &[]).await.ok()
     })
     .await;
+}
+
+/// Polls that cross farewells of the same agent leave seats behind; whoever clears one away must not wait for itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn polls_of_one_agent_at_once_freeze_nobody() {
+    let database = Database::sqlite();
+    // A process of its own: what freezes there must not freeze the test.
+    let server = Process::start(&database, &[("OPAMP_AGENTS_MAX_CONNECTS_PER_SECOND", "100000")]).await;
+    let mut agent = Agent::new();
+    for _ in 0..40 {
+        let reports = (0..12).map(|number| if number % 3 == 1 { agent.farewell() } else { agent.full() });
+        let polls = reports.map(|report| {
+            let ports = *server;
+            async move { Poller::connect(&ports).await.post(&[], &report.encode_to_vec()).await.status }
+        });
+        for status in join_all(polls).await {
+            assert!([200, 503].contains(&status), "{status}");
+        }
+    }
+    assert_eq!(server.ask("GET", "/healthz", &[]).await.status, 200);
+    server.kill().await;
 }
