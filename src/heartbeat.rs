@@ -122,7 +122,7 @@ impl HeartbeatMonitor {
             self.arm(watched);
             return;
         }
-        if !self.sight.can_judge(now) {
+        if !self.sight.can_judge(now) || watched.connection.link.attentive_since().is_none() {
             self.deadlines.insert(watched, UNSURE);
             return;
         }

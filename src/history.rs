@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::agent::InstanceUid;
+use crate::burden::Share;
 use crate::clock::{Clock, Moment, Tick};
 use crate::close::{Cause, CloseReason};
 use crate::metrics::Metrics;
@@ -27,6 +28,9 @@ use crate::store::{
 
 /// The most writes that share one commit.
 const BATCH_LIMIT: usize = 1_000;
+
+/// What the messages behind the writes of one commit may hold together: larger ones stand alone.
+const BATCH_BYTES: u64 = 64 << 20;
 
 /// How long the writer waits before it tries ends again that the store could not take.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
@@ -170,14 +174,22 @@ impl EndTicket {
 #[derive(Debug)]
 struct Job {
     write: Write,
+    waiting: Waiting,
+}
+
+/// Who waits for a write.
+#[derive(Debug)]
+struct Waiting {
     /// The connection that a write ends: its link is told once that is on record.
     ends: Option<Arc<OpenConnection>>,
+    /// What the message behind it holds of the budget for messages.
+    share: Option<Share>,
     /// True where it was postponed before.
     postponed: bool,
     answer: oneshot::Sender<Result<Written, StoreError>>,
 }
 
-impl Job {
+impl Waiting {
     fn answer(self, result: Result<Written, StoreError>) {
         if let Some(connection) = self.ends {
             connection.settle();
@@ -272,7 +284,7 @@ impl History {
             spare,
             first_poll: (transport == Transport::Http).then(|| self.shared.expected.first_poll()),
         };
-        match self.push(Write::CreateConnection(new), None).await {
+        match self.push(Write::CreateConnection(new), None, None).await {
             Ok(Ok(Written::Created(opened))) => {
                 self.shared.metrics.connections_opened.of(transport).increment(u64::from(!opened.continued));
                 Ok(Opens::Connection(opened))
@@ -287,8 +299,10 @@ impl History {
     }
 
     /// Stores what an agent reported; false where a newer connection took over.
-    pub async fn save(&self, update: AgentUpdate) -> Result<bool, StoreError> {
-        match self.push(Write::UpdateAgent(Box::new(update)), None).await {
+    ///
+    /// `share` is held until that is done, whether anybody waits for it or not.
+    pub async fn save(&self, update: AgentUpdate, share: Option<Share>) -> Result<bool, StoreError> {
+        match self.push(Write::UpdateAgent(Box::new(update)), None, share).await {
             Ok(Ok(Written::Agent(stored))) => Ok(stored),
             Ok(Err(error)) => Err(error),
             Ok(Ok(_)) | Err(_) => Err(writer_gone()),
@@ -328,7 +342,7 @@ impl History {
             node_id: self.shared.node_id,
         };
         self.shared.unrecorded.send_modify(|ends| *ends += 1);
-        Some(EndTicket(self.push(Write::UpdateConnection(end), Some(Arc::clone(connection)))))
+        Some(EndTicket(self.push(Write::UpdateConnection(end), Some(Arc::clone(connection)), None)))
     }
 
     /// How many connections have ended whose end is not on record.
@@ -353,11 +367,12 @@ impl History {
         &self,
         write: Write,
         ends: Option<Arc<OpenConnection>>,
+        share: Option<Share>,
     ) -> oneshot::Receiver<Result<Written, StoreError>> {
         let (answer, answered) = oneshot::channel();
         let length = {
             let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
-            inbox.push_back(Job { write, ends, postponed: false, answer });
+            inbox.push_back(Job { write, waiting: Waiting { ends, share, postponed: false, answer } });
             inbox.len()
         };
         self.shared.metrics.store_backlog.set(count(length));
@@ -398,14 +413,16 @@ impl Writer {
     fn take_batch(&self) -> Vec<Job> {
         let mut inbox = self.shared.inbox.lock().unwrap_or_else(PoisonError::into_inner);
         let mut stages: HashMap<InstanceUid, u8> = HashMap::new();
-        let mut batch = Vec::new();
+        let (mut batch, mut bytes) = (Vec::new(), 0);
         while let Some(job) = inbox.front() {
+            bytes += job.waiting.share.as_ref().map_or(0, Share::asked);
             let stage = job.write.stage();
             let shares = match (stages.get(&job.write.agent()), &job.write) {
                 (None, _) | (Some(1), Write::CreateConnection(_)) => true,
                 (Some(_), _) => false,
             };
-            if !shares || batch.len() == self.limit {
+            let fits = batch.is_empty() || bytes <= BATCH_BYTES;
+            if !shares || !fits || batch.len() == self.limit {
                 break;
             }
             stages.insert(job.write.agent(), stage);
@@ -418,37 +435,43 @@ impl Writer {
     /// Writes a batch, by halves where the store refuses it, until a culprit stands alone.
     async fn write(&mut self, batch: Vec<Job>) {
         let mut parts = vec![batch];
-        while let Some(mut batch) = parts.pop() {
+        while let Some(batch) = parts.pop() {
             let started = self.shared.clock.tick();
-            let writes: Vec<Write> = batch.iter().map(|job| job.write.clone()).collect();
+            let (writes, waiting): (Vec<Write>, Vec<Waiting>) =
+                batch.into_iter().map(|job| (job.write, job.waiting)).unzip();
             match self.try_write(&writes).await {
                 Ok(written) => {
                     let took = self.shared.clock.tick().since(started);
                     self.shared.metrics.store_commit.record(took.as_secs_f64());
-                    self.shared.metrics.store_batch_size.record(count(batch.len()));
+                    self.shared.metrics.store_batch_size.record(count(writes.len()));
                     self.shared.outage.written();
                     self.limit = (self.limit * 2).min(BATCH_LIMIT);
-                    self.answer(batch, written);
+                    self.answer(writes.iter().zip(waiting).zip(written));
                 }
-                Err(error @ (StoreError::Unavailable(_) | StoreError::Conflict | StoreError::Schema(_))) => {
-                    // What the store could not do in time, it may do in smaller pieces.
-                    self.limit = (batch.len() / 2).max(1);
-                    parts.push(batch);
-                    self.postpone(parts.drain(..).rev().flatten().collect(), &error).await;
-                }
-                Err(error) if batch.len() == 1 => {
-                    self.shared.metrics.store_failures.increment(1);
-                    if let Some(job) = batch.pop() {
-                        tracing::warn!(agent_id = %job.write.agent(), %error, "the store refused a write");
-                        job.answer(Err(error));
-                    }
-                }
-                Err(_) => {
-                    let second = batch.split_off(batch.len() / 2);
-                    parts.push(second);
-                    parts.push(batch);
+                Err(error) => {
+                    let jobs = writes.into_iter().zip(waiting);
+                    let jobs = jobs.map(|(write, waiting)| Job { write, waiting }).collect();
+                    self.failed(jobs, &error, &mut parts).await;
                 }
             }
+        }
+    }
+
+    /// A batch was not written: it waits, or goes on by halves, those of `parts` that are left included.
+    async fn failed(&mut self, mut batch: Vec<Job>, error: &StoreError, parts: &mut Vec<Vec<Job>>) {
+        if matches!(error, StoreError::Unavailable(_) | StoreError::Conflict | StoreError::Schema(_)) {
+            // What the store could not do in time, it may do in smaller pieces.
+            self.limit = (batch.len() / 2).max(1);
+            parts.push(batch);
+            self.postpone(parts.drain(..).rev().flatten().collect(), error).await;
+        } else if batch.len() > 1 {
+            let second = batch.split_off(batch.len() / 2);
+            parts.push(second);
+            parts.push(batch);
+        } else if let Some(job) = batch.pop() {
+            self.shared.metrics.store_failures.increment(1);
+            tracing::warn!(agent_id = %job.write.agent(), %error, "the store refused a write");
+            job.waiting.answer(Err(error.clone()));
         }
     }
 
@@ -473,12 +496,12 @@ impl Writer {
             for mut job in jobs.into_iter().rev() {
                 match job.write {
                     Write::UpdateConnection(_) => inbox.push_front(job),
-                    Write::CreateConnection(_) if !job.postponed => {
-                        job.postponed = true;
+                    Write::CreateConnection(_) if !job.waiting.postponed => {
+                        job.waiting.postponed = true;
                         inbox.push_front(job);
                     }
                     Write::UpdateAgent(_) | Write::CreateConnection(_) => {
-                        job.answer(Err(error.clone()));
+                        job.waiting.answer(Err(error.clone()));
                     }
                 }
             }
@@ -486,13 +509,13 @@ impl Writer {
         tokio::time::sleep(RETRY_PAUSE).await;
     }
 
-    fn answer(&self, batch: Vec<Job>, written: Vec<Written>) {
-        for (job, written) in batch.into_iter().zip(written) {
+    fn answer<'a>(&self, batch: impl Iterator<Item = ((&'a Write, Waiting), Written)>) {
+        for ((write, waiting), written) in batch {
             let change = match &written {
                 Written::Agent(_) | Written::Rival(_) => None,
                 Written::Connection(ended) => {
                     self.shared.unrecorded.send_modify(|ends| *ends -= 1);
-                    self.count_end(&job.write, ended);
+                    self.count_end(write, ended);
                     ended.status.as_ref()
                 }
                 Written::Created(opened) => {
@@ -505,7 +528,7 @@ impl Writer {
             if let Some(change) = change {
                 change.log();
             }
-            job.answer(Ok(written));
+            waiting.answer(Ok(written));
         }
     }
 

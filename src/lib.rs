@@ -21,6 +21,9 @@
 //! of life reach the store folded, in one statement every few seconds ([`session::flush`]), and the
 //! stored number never passes the stored state: a crash costs a full-state request, never a lie.
 //!
+//! A message holds a share of the memory for messages ([`burden`]) from its first bytes until it is
+//! answered; a large one is unfolded aside, so that nobody else's link waits for it.
+//!
 //! ## An order's way
 //!
 //! A handler of [`api`] writes the order into the store, with the id of the connection it is for, and
@@ -41,7 +44,7 @@
 //!
 //! ## Who may know whom
 //!
-//! From the bottom: `proto`, `clock`, `close`, `config`, `site` know nothing of ours; `agent` and `wire`
+//! From the bottom: `proto`, `clock`, `close`, `config`, `site`, `burden` know nothing of ours; `agent` and `wire`
 //! know those; then `store`, `metrics`, `outage`, `sight`, `pulse`, `history`, `heartbeat`, `sweep` and
 //! `retention`, `session`, `orders`, `transport` and `api` beside it, `server`, and `healthcheck` apart.
 //! SQL is spoken in `store` only, axum in `api` and `server` only, hyper in `transport` and, as a
@@ -54,6 +57,7 @@
 
 pub mod agent;
 pub mod api;
+pub mod burden;
 pub mod clock;
 pub mod close;
 pub mod config;

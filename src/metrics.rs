@@ -142,6 +142,8 @@ pub enum Refused {
     Rate,
     /// As many agents on the link as `agents.max_per_link` allows.
     PerLink,
+    /// `agents.max_inflight`: no memory became free for the message in time.
+    Memory,
     /// A page of another origin asked a browser to connect.
     ForeignOrigin,
     /// A browser says that another site is behind the request.
@@ -159,6 +161,7 @@ impl Label for Refused {
         Self::Store,
         Self::Rate,
         Self::PerLink,
+        Self::Memory,
         Self::ForeignOrigin,
         Self::CrossSite,
         Self::ForeignHost,
@@ -171,6 +174,7 @@ impl Label for Refused {
             Self::Store => "store",
             Self::Rate => "rate",
             Self::PerLink => "per_link",
+            Self::Memory => "memory",
             Self::ForeignOrigin => "foreign_origin",
             Self::CrossSite => "cross_site",
             Self::ForeignHost => "foreign_host",

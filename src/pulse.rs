@@ -45,6 +45,9 @@ impl Expectations {
     }
 }
 
+/// No tick: what arrives is not read, because the server works on a message of this link.
+const BUSY: u64 = u64::MAX;
+
 /// What one link shares with the connections on it.
 #[derive(Debug, Default)]
 pub struct Link {
@@ -53,6 +56,8 @@ pub struct Link {
     writing: AtomicBool,
     receiving: AtomicBool,
     dismissed: AtomicBool,
+    /// Since when the link is read: [`BUSY`] while a message is being taken in.
+    attentive_since: AtomicU64,
     received: AtomicU64,
     sent: AtomicU64,
     wake: Notify,
@@ -123,6 +128,23 @@ impl Link {
     #[must_use]
     pub fn is_receiving(&self) -> bool {
         self.receiving.load(Ordering::Relaxed)
+    }
+
+    /// Notes that the link is not read until [`attend`](Self::attend): a message of it is being taken in.
+    pub fn turn_away(&self) {
+        self.attentive_since.store(BUSY, Ordering::Relaxed);
+    }
+
+    /// Notes that the link is read again.
+    pub fn attend(&self, now: Tick) {
+        self.attentive_since.store(now.as_micros(), Ordering::Relaxed);
+    }
+
+    /// Since when the link is read; none while it is not, and nobody on it can be heard.
+    #[must_use]
+    pub fn attentive_since(&self) -> Option<Tick> {
+        let since = self.attentive_since.load(Ordering::Relaxed);
+        (since != BUSY).then(|| Tick::from_micros(since))
     }
 
     /// Tells the link to close once it carries no agent.
@@ -277,10 +299,16 @@ impl Beat {
             Transport::Http => {
                 self.last_report.after(self.poll_silence(expected).unwrap_or(expected.first_poll()))
             }
-            Transport::Websocket if link.is_shared() && self.heartbeats => {
-                self.last_report.after(expected.timeout.max(expected.interval * 3))
+            Transport::Websocket => {
+                // Nobody is heard on a link that the server does not read.
+                let seen = self.last_seen(transport, link).max(link.attentive_since().unwrap_or_default());
+                let own_pace = link.is_shared() && self.heartbeats;
+                seen.after(if own_pace {
+                    expected.timeout.max(expected.interval * 3)
+                } else {
+                    expected.timeout
+                })
             }
-            Transport::Websocket => link.last_byte().after(expected.timeout),
         }
     }
 
@@ -336,6 +364,17 @@ mod tests {
         pulse.reported(at(10), false);
         pulse.settled(Some(1), Some(1), true, true);
         assert_eq!(pulse.beat().deadline(Transport::Websocket, &link, &EXPECTED), at(100), "3 x 30 s");
+    }
+
+    #[test]
+    fn a_link_that_is_not_read_is_given_its_time_again() {
+        let (link, pulse) = (Link::heard_at(at(0)), Pulse::starting(at(0), None));
+        link.turn_away();
+        assert_eq!(link.attentive_since(), None);
+        link.attend(at(45));
+        let beat = pulse.beat();
+        assert_eq!(beat.deadline(Transport::Websocket, &link, &EXPECTED), at(105));
+        assert_eq!(beat.last_seen(Transport::Websocket, &link), at(0), "that proves nothing");
     }
 
     #[test]

@@ -70,51 +70,41 @@ pub struct Described {
 }
 
 impl Documents {
-    /// The documents of the parts `changed` that `report` carries.
+    /// The documents of the parts `changed`, which are taken out of `report`: a text is moved where it can be.
     #[must_use]
-    pub fn of(report: &AgentToServer, changed: PartSet) -> Self {
+    pub fn take(report: &mut AgentToServer, changed: PartSet) -> Self {
         let when = |part| changed.has(part);
-        let health = report.health.as_ref().filter(|_| when(Part::Health));
-        let remote = report.remote_config_status.as_ref().filter(|_| when(Part::RemoteConfigStatus));
-        let components = report.available_components.as_ref().filter(|_| when(Part::AvailableComponents));
+        let description = report.agent_description.take_if(|_| when(Part::Description));
+        let health = report.health.take_if(|_| when(Part::Health));
+        let config = report.effective_config.take_if(|_| when(Part::EffectiveConfig));
+        let remote = report.remote_config_status.take_if(|_| when(Part::RemoteConfigStatus));
+        let packages = report.package_statuses.take_if(|_| when(Part::PackageStatuses));
+        let custom = report.custom_capabilities.take_if(|_| when(Part::CustomCapabilities));
+        let components = report.available_components.take_if(|_| when(Part::AvailableComponents));
+        let settings = report.connection_settings_status.take_if(|_| when(Part::ConnectionSettingsStatus));
         Self {
-            description: report.agent_description.as_ref().filter(|_| when(Part::Description)).map(described),
+            description: description.map(described),
+            healthy: health.as_ref().map(|health| health.healthy),
             health: health.map(health_document),
-            healthy: health.map(|health| health.healthy),
-            effective_config: report
-                .effective_config
-                .as_ref()
-                .filter(|_| when(Part::EffectiveConfig))
-                .map(|config| config_document(config.config_map.as_ref())),
-            remote_config_status: remote.map(remote_config_document),
+            effective_config: config.map(|config| config_document(config.config_map.unwrap_or_default())),
             sync_revision: remote
+                .as_ref()
                 .filter(|status| status.status() == RemoteConfigStatuses::Applied)
                 .map(|status| hex(&status.last_remote_config_hash)),
-            package_statuses: report
-                .package_statuses
-                .as_ref()
-                .filter(|_| when(Part::PackageStatuses))
-                .map(packages_document),
-            custom_capabilities: report
-                .custom_capabilities
-                .as_ref()
-                .filter(|_| when(Part::CustomCapabilities))
-                .map(|custom| custom.capabilities.iter().map(|name| Value::String(clean(name))).collect()),
-            components_hash: components.map(|components| hex(&components.hash)),
+            remote_config_status: remote.map(remote_config_document),
+            package_statuses: packages.map(packages_document),
+            custom_capabilities: custom.map(|custom| custom.capabilities.into_iter().map(text).collect()),
+            components_hash: components.as_ref().map(|components| hex(&components.hash)),
             components: components.and_then(components_document),
-            connection_settings_status: report
-                .connection_settings_status
-                .as_ref()
-                .filter(|_| when(Part::ConnectionSettingsStatus))
-                .map(settings_document),
+            connection_settings_status: settings.map(settings_document),
         }
     }
 }
 
 /// Text both databases take: NUL becomes U+FFFD.
 #[must_use]
-pub fn clean(text: &str) -> String {
-    text.replace('\0', "\u{fffd}")
+pub fn clean(text: String) -> String {
+    if text.contains('\0') { text.replace('\0', "\u{fffd}") } else { text }
 }
 
 /// Lower-case hex.
@@ -128,7 +118,7 @@ pub fn hex(bytes: &[u8]) -> String {
 }
 
 /// Cleaned text as JSON.
-fn text(text: &str) -> Value {
+fn text(text: String) -> Value {
     Value::String(clean(text))
 }
 
@@ -143,9 +133,9 @@ fn cut(text: &str) -> String {
     text.chars().take(INDEXED_LENGTH).collect()
 }
 
-fn described(description: &AgentDescription) -> Described {
-    let identifying = attributes(&description.identifying_attributes);
-    let other = attributes(&description.non_identifying_attributes);
+fn described(description: AgentDescription) -> Described {
+    let identifying = attributes(description.identifying_attributes);
+    let other = attributes(description.non_identifying_attributes);
     let find = |key: &str| identifying.get(key).or_else(|| other.get(key));
     let text = |key: &str| find(key).map(|value| cut(&plain(value)));
     let groups = match find("groups").or_else(|| find("agent.groups")) {
@@ -181,21 +171,23 @@ fn described(description: &AgentDescription) -> Described {
 }
 
 /// Attributes as an object; the last one wins where a key is repeated.
-fn attributes(list: &[KeyValue]) -> Map<String, Value> {
-    list.iter().map(|pair| (clean(&pair.key), value_document(pair.value.as_ref()))).collect()
+fn attributes(list: Vec<KeyValue>) -> Map<String, Value> {
+    list.into_iter().map(|pair| (clean(pair.key), value_document(pair.value))).collect()
 }
 
 /// A value as JSON.
-fn value_document(value: Option<&AnyValue>) -> Value {
+fn value_document(value: Option<AnyValue>) -> Value {
     use any_value::Value as Kind;
-    match value.and_then(|value| value.value.as_ref()) {
+    match value.and_then(|value| value.value) {
         None => Value::Null,
         Some(Kind::StringValue(words)) => text(words),
-        Some(Kind::BoolValue(flag)) => Value::Bool(*flag),
-        Some(Kind::IntValue(number)) => Value::from(*number),
-        Some(Kind::DoubleValue(number)) => number_document(*number),
-        Some(Kind::ArrayValue(list)) => list.values.iter().map(|value| value_document(Some(value))).collect(),
-        Some(Kind::KvlistValue(list)) => Value::Object(attributes(&list.values)),
+        Some(Kind::BoolValue(flag)) => Value::Bool(flag),
+        Some(Kind::IntValue(number)) => Value::from(number),
+        Some(Kind::DoubleValue(number)) => number_document(number),
+        Some(Kind::ArrayValue(list)) => {
+            list.values.into_iter().map(|value| value_document(Some(value))).collect()
+        }
+        Some(Kind::KvlistValue(list)) => Value::Object(attributes(list.values)),
         Some(Kind::BytesValue(bytes)) => Value::String(BASE64.encode(bytes)),
     }
 }
@@ -219,63 +211,67 @@ fn time_document(unix_nano: u64) -> Value {
     Value::String(Moment::from_micros(micros).to_string())
 }
 
-fn health_document(health: &ComponentHealth) -> Value {
+fn health_document(health: ComponentHealth) -> Value {
     let components =
-        health.component_health_map.iter().map(|(name, part)| (clean(name), health_document(part))).collect();
+        health.component_health_map.into_iter().map(|(name, part)| (clean(name), health_document(part)));
+    let components = components.collect();
     object([
         ("healthy", Value::Bool(health.healthy)),
-        ("status", text(&health.status)),
-        ("last_error", text(&health.last_error)),
+        ("status", text(health.status)),
+        ("last_error", text(health.last_error)),
         ("start_time", time_document(health.start_time_unix_nano)),
         ("status_time", time_document(health.status_time_unix_nano)),
-        ("attributes", Value::Object(attributes(&health.attributes))),
+        ("attributes", Value::Object(attributes(health.attributes))),
         ("component_health_map", Value::Object(components)),
     ])
 }
 
-fn config_document(config: Option<&AgentConfigMap>) -> Value {
-    let files = config.into_iter().flat_map(|config| &config.config_map).map(|(name, file)| {
-        let body = match std::str::from_utf8(&file.body) {
+fn config_document(config: AgentConfigMap) -> Value {
+    let files = config.config_map.into_iter().map(|(name, file)| {
+        let body = match String::from_utf8(file.body) {
             Ok(body) => ("body", text(body)),
-            Err(_) => ("body_base64", Value::String(BASE64.encode(&file.body))),
+            Err(no_text) => ("body_base64", Value::String(BASE64.encode(no_text.as_bytes()))),
         };
-        (clean(name), object([body, ("content_type", text(&file.content_type))]))
+        (clean(name), object([body, ("content_type", text(file.content_type))]))
     });
     Value::Object(files.collect())
 }
 
-fn remote_config_document(status: &RemoteConfigStatus) -> Value {
+fn remote_config_document(status: RemoteConfigStatus) -> Value {
     let state = RemoteConfigStatuses::try_from(status.status).ok().map(|state| state.as_str_name());
     object([
         ("last_remote_config_hash", Value::String(hex(&status.last_remote_config_hash))),
         ("status", Value::String(state_word(state, "RemoteConfigStatuses_", status.status))),
-        ("error_message", text(&status.error_message)),
+        ("error_message", text(status.error_message)),
     ])
 }
 
-fn settings_document(status: &ConnectionSettingsStatus) -> Value {
+fn settings_document(status: ConnectionSettingsStatus) -> Value {
     let state = ConnectionSettingsStatuses::try_from(status.status).ok().map(|state| state.as_str_name());
     object([
         ("last_connection_settings_hash", Value::String(hex(&status.last_connection_settings_hash))),
         ("status", Value::String(state_word(state, "ConnectionSettingsStatuses_", status.status))),
-        ("error_message", text(&status.error_message)),
+        ("error_message", text(status.error_message)),
     ])
 }
 
-fn packages_document(statuses: &PackageStatuses) -> Value {
-    let packages =
-        statuses.packages.iter().map(|(name, package)| (clean(name), package_document(package))).collect();
+fn packages_document(statuses: PackageStatuses) -> Value {
+    let packages = statuses
+        .packages
+        .into_iter()
+        .map(|(name, package)| (clean(name), package_document(package)))
+        .collect();
     object([
         ("packages", Value::Object(packages)),
         (
             "server_provided_all_packages_hash",
             Value::String(hex(&statuses.server_provided_all_packages_hash)),
         ),
-        ("error_message", text(&statuses.error_message)),
+        ("error_message", text(statuses.error_message)),
     ])
 }
 
-fn package_document(package: &PackageStatus) -> Value {
+fn package_document(package: PackageStatus) -> Value {
     let state = PackageStatusEnum::try_from(package.status).ok().map(|state| state.as_str_name());
     let download = package.download_details.map_or(Value::Null, |details| {
         object([
@@ -284,31 +280,38 @@ fn package_document(package: &PackageStatus) -> Value {
         ])
     });
     object([
-        ("agent_has_version", text(&package.agent_has_version)),
+        ("agent_has_version", text(package.agent_has_version)),
         ("agent_has_hash", Value::String(hex(&package.agent_has_hash))),
-        ("server_offered_version", text(&package.server_offered_version)),
+        ("server_offered_version", text(package.server_offered_version)),
         ("server_offered_hash", Value::String(hex(&package.server_offered_hash))),
         ("status", Value::String(state_word(state, "PackageStatusEnum_", package.status))),
-        ("error_message", text(&package.error_message)),
+        ("error_message", text(package.error_message)),
         ("download_details", download),
     ])
 }
 
 /// The inventory, if there is one: a message with only the hash says nothing about it (S-134).
-fn components_document(components: &AvailableComponents) -> Option<Value> {
+fn components_document(components: AvailableComponents) -> Option<Value> {
     if components.components.is_empty() {
         return None;
     }
     Some(Value::Object(
-        components.components.iter().map(|(id, details)| (clean(id), component_document(details))).collect(),
+        components
+            .components
+            .into_iter()
+            .map(|(id, details)| (clean(id), component_document(details)))
+            .collect(),
     ))
 }
 
-fn component_document(details: &ComponentDetails) -> Value {
-    let parts =
-        details.sub_component_map.iter().map(|(id, part)| (clean(id), component_document(part))).collect();
+fn component_document(details: ComponentDetails) -> Value {
+    let parts = details
+        .sub_component_map
+        .into_iter()
+        .map(|(id, part)| (clean(id), component_document(part)))
+        .collect();
     object([
-        ("metadata", Value::Object(attributes(&details.metadata))),
+        ("metadata", Value::Object(attributes(details.metadata))),
         ("sub_component_map", Value::Object(parts)),
     ])
 }
@@ -333,7 +336,7 @@ mod tests {
 
     #[test]
     fn a_description_yields_name_host_groups_and_indexed_attributes() {
-        let described = described(&AgentDescription {
+        let described = described(AgentDescription {
             identifying_attributes: vec![text("service.name", "edge\0gateway"), text("k", "mine")],
             non_identifying_attributes: vec![
                 text("groups", "a, b"),
@@ -351,7 +354,7 @@ mod tests {
     #[test]
     fn one_odd_value_is_cut_for_the_index_and_kept_in_the_document() {
         let long = "é".repeat(100_000);
-        let described = described(&AgentDescription {
+        let described = described(AgentDescription {
             identifying_attributes: vec![text("service.name", &long)],
             non_identifying_attributes: Vec::new(),
         });
@@ -361,36 +364,37 @@ mod tests {
 
     #[test]
     fn only_the_named_parts_become_documents() {
-        let report = AgentToServer {
+        let mut report = AgentToServer {
             health: Some(ComponentHealth { healthy: true, ..ComponentHealth::default() }),
             agent_description: Some(AgentDescription::default()),
             ..AgentToServer::default()
         };
-        let documents = Documents::of(&report, PartSet::of([Part::Health]));
+        let documents = Documents::take(&mut report, PartSet::of([Part::Health]));
         assert_eq!(documents.healthy, Some(true));
         assert_eq!(documents.description, None);
+        assert!(report.health.is_none() && report.agent_description.is_some());
     }
 
     #[test]
     fn a_config_body_that_is_no_text_is_kept_as_base64() {
         let file = AgentConfigFile { body: vec![0xff, 0x00], content_type: String::new() };
         let map = AgentConfigMap { config_map: [(String::new(), file)].into() };
-        assert_eq!(config_document(Some(&map)), json!({ "": { "body_base64": "/wA=", "content_type": "" } }));
+        assert_eq!(config_document(map), json!({ "": { "body_base64": "/wA=", "content_type": "" } }));
     }
 
     #[test]
     fn s_134_a_hash_alone_says_nothing_about_the_inventory() {
         let hash_only = AvailableComponents { hash: vec![0xab], ..AvailableComponents::default() };
-        let report = AgentToServer { available_components: Some(hash_only), ..AgentToServer::default() };
-        let documents = Documents::of(&report, PartSet::of([Part::AvailableComponents]));
+        let mut report = AgentToServer { available_components: Some(hash_only), ..AgentToServer::default() };
+        let documents = Documents::take(&mut report, PartSet::of([Part::AvailableComponents]));
         assert_eq!((documents.components_hash.as_deref(), documents.components), (Some("ab"), None));
     }
 
     proptest! {
         #[test]
         fn any_report_becomes_documents_without_nul(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
-            if let Ok(report) = AgentToServer::decode(bytes.as_slice()) {
-                let documents = Documents::of(&report, PartSet::of(Part::ALL));
+            if let Ok(mut report) = AgentToServer::decode(bytes.as_slice()) {
+                let documents = Documents::take(&mut report, PartSet::of(Part::ALL));
                 let text = format!("{documents:?}");
                 prop_assert!(!text.contains("\\0"), "{text}");
             }

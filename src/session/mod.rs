@@ -18,6 +18,7 @@ use crate::agent::document::Documents;
 use crate::agent::offer::{Answer, Refusal, compose, refuse};
 use crate::agent::report::{AgentState, Change, Kind, PartSet, digest_of_bytes};
 use crate::agent::{InstanceUid, Sender, is_legacy};
+use crate::burden::Share;
 use crate::clock::{Clock, Tick};
 use crate::close::{Cause, CloseReason};
 use crate::heartbeat::Watch;
@@ -69,6 +70,39 @@ pub struct Origin {
     pub remote_addr: SocketAddr,
     /// The link.
     pub link: Arc<Link>,
+}
+
+/// A report as it came in, and what it holds of the budget for messages until it is answered.
+#[derive(Debug)]
+pub struct Inbound {
+    /// What it says. Parts that are stored are taken out of it.
+    pub report: AgentToServer,
+    digest: u64,
+    share: Option<Share>,
+}
+
+impl Inbound {
+    /// A report that was unfolded under `share`; `digest` is over its bytes, see [`digest_of_bytes`].
+    #[must_use]
+    pub fn new(report: AgentToServer, digest: u64, share: Share) -> Self {
+        Self { report, digest, share: Some(share) }
+    }
+
+    /// Works on the report: aside where it is large.
+    async fn work<T: Send + 'static>(
+        &mut self,
+        work: impl FnOnce(&mut AgentToServer) -> T + Send + 'static,
+    ) -> T {
+        let Some(share) = &self.share else { return work(&mut self.report) };
+        let mut report = std::mem::take(&mut self.report);
+        let work = move || {
+            let done = work(&mut report);
+            (report, done)
+        };
+        let (report, done) = share.work(work).await;
+        self.report = report;
+        done
+    }
 }
 
 /// The live conversation with one agent.
@@ -175,13 +209,10 @@ impl Session {
     }
 
     /// Takes one report.
-    async fn on_report(
-        &mut self,
-        report: &AgentToServer,
-        digest: u64,
-        heard: Tick,
-    ) -> Result<Taken, Refusal> {
-        let (next, change) = self.state.absorb(report, digest);
+    async fn on_report(&mut self, inbound: &mut Inbound, heard: Tick) -> Result<Taken, Refusal> {
+        let (state, digest) = (self.state, inbound.digest);
+        let (next, change) = inbound.work(move |report| state.absorb(report, digest)).await;
+        let report = &inbound.report;
         self.services.metrics.reports.of(change.kind).increment(1);
         if change.kind == Kind::Rival && !is_legacy(&report.instance_uid) {
             self.state.set_aside(report.sequence_num);
@@ -192,11 +223,11 @@ impl Session {
             return Ok(Taken::Answered(self.answered));
         }
         if change.must_save {
-            Box::pin(self.save(report, &next, change.parts, heard)).await?;
+            Box::pin(self.save(inbound, &next, change.parts, heard)).await?;
         }
         self.adopt(next, change, false);
         if change.leaves || change.requests_uid {
-            Box::pin(self.finish(report, change)).await?;
+            Box::pin(self.finish(&inbound.report, change)).await?;
         }
         Ok(Taken::Answered(self.answered))
     }
@@ -213,7 +244,7 @@ impl Session {
     /// Stores what changed, before it is answered.
     async fn save(
         &mut self,
-        report: &AgentToServer,
+        inbound: &mut Inbound,
         next: &AgentState,
         parts: PartSet,
         heard: Tick,
@@ -226,9 +257,9 @@ impl Session {
             at,
             sequence_num: next.stored_number(),
             capabilities: next.capabilities(),
-            documents: Documents::of(report, parts),
+            documents: inbound.work(move |report| Documents::take(report, parts)).await,
         };
-        match self.services.history.save(update).await {
+        match self.services.history.save(update, inbound.share.take()).await {
             Ok(true) => Ok(()),
             Ok(false) => {
                 // Another node opened a newer connection of this agent.
@@ -237,7 +268,7 @@ impl Session {
             }
             Err(error) => {
                 self.connection.pulse.unsettled();
-                self.state.missed(report.sequence_num);
+                self.state.missed(inbound.report.sequence_num);
                 Err(refusal(&self.services, &error))
             }
         }
@@ -305,25 +336,24 @@ pub struct Exchanged {
 /// Answers one report of the agent `agent` whose session, if it has one on this link, is in `slot`.
 /// An agent that still calls itself otherwise is told its uid.
 ///
-/// `bytes` are those of the report, to recognise a retransmission. The slot is empty
-/// afterwards where the agent has left. A session that something else ended stays in its slot on a
+/// The slot is empty afterwards where the agent has left. A session that something else ended stays in its slot on a
 /// WebSocket: whoever holds the link closes it, and nothing is taken back from a newer connection.
 pub async fn exchange(
     services: &Arc<Services>,
     slot: &mut Option<Session>,
     origin: &Origin,
     agent: InstanceUid,
-    report: &AgentToServer,
-    bytes: &[u8],
+    inbound: &mut Inbound,
 ) -> Exchange {
     let heard = origin.link.last_byte();
     slot.take_if(|session| session.connection.ended().is_some_and(|reason| may_return(origin, reason)));
     let result = match slot {
         Some(session) if session.connection.ended().is_some() => Err(unavailable()),
         None if services.closing.load(Ordering::Relaxed) => Err(unavailable()),
-        Some(session) => session.on_report(report, digest_of_bytes(bytes), heard).await,
-        None => Box::pin(first_report(services, slot, origin, agent, report, bytes)).await,
+        Some(session) => session.on_report(inbound, heard).await,
+        None => Box::pin(first_report(services, slot, origin, agent, inbound)).await,
     };
+    let report = &inbound.report;
     let ended = slot.as_ref().and_then(|session| session.connection.ended());
     slot.take_if(|_| ended.is_some_and(|reason| is_farewell(reason) || may_return(origin, reason)));
     let result = match (ended, result) {
@@ -354,9 +384,9 @@ async fn first_report(
     slot: &mut Option<Session>,
     origin: &Origin,
     agent: InstanceUid,
-    report: &AgentToServer,
-    bytes: &[u8],
+    inbound: &mut Inbound,
 ) -> Result<Taken, Refusal> {
+    let report = &inbound.report;
     if report.agent_disconnect.is_some() && !polls_on(services, origin, agent).await? {
         return Ok(Taken::Answered(Answer::default()));
     }
@@ -372,7 +402,7 @@ async fn first_report(
         }
         return Err(unavailable());
     }
-    session.on_report(report, digest_of_bytes(bytes), origin.link.last_byte()).await
+    session.on_report(inbound, origin.link.last_byte()).await
 }
 
 /// True where this is a poll of an agent whose polls are on record as an open connection.

@@ -303,7 +303,7 @@ where
             rows::<D>(&columns),
             D::SKIP_LOCKED
         );
-        let values = sightings
+        let values: Vec<Value> = sightings
             .iter()
             .map(|s| {
                 let silence = s.poll_silence.map(|silence| silence.as_millis());
@@ -312,7 +312,7 @@ where
             .collect();
         bounded(async {
             let done = sqlx::query(sql(text))
-                .bind(batch(values))
+                .bind(batch(&values))
                 .execute(&self.writers)
                 .await
                 .map_err(failure::<D>)?;

@@ -7,6 +7,7 @@ use std::fmt::Write as _;
 use std::future::Future;
 use std::time::Duration;
 
+use serde::Serialize;
 use serde_json::Value;
 use sqlx::{
     AssertSqlSafe, Database, Encode, Executor, IntoArguments, Pool, Postgres, QueryBuilder, Sqlite,
@@ -295,8 +296,9 @@ where
 }
 
 /// A batch as the one parameter of its statement.
-pub(super) fn batch(rows: Vec<Value>) -> String {
-    Value::Array(rows).to_string()
+pub(super) fn batch<R: Serialize>(rows: &[R]) -> String {
+    // Rows have no maps but those of documents, whose keys are texts: nothing else makes this fail.
+    serde_json::to_string(rows).unwrap_or_default()
 }
 
 /// A statement whose text is put together from constants of this crate only, never from data.
@@ -318,7 +320,7 @@ where
         values: Vec<Value>,
     ) -> Result<(), StoreError> {
         if !values.is_empty() {
-            sqlx::query(sql(text)).bind(batch(values)).execute(&mut **tx).await.map_err(failure::<D>)?;
+            sqlx::query(sql(text)).bind(batch(&values)).execute(&mut **tx).await.map_err(failure::<D>)?;
         }
         Ok(())
     }

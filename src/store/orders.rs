@@ -126,9 +126,9 @@ where
              WHERE c.disconnected_at IS NOT NULL AND c.id IN (SELECT r.id FROM {} r)",
             rows::<D>(&[("id", Column::Integer)])
         );
-        let values = connections.iter().map(|id| json!([id])).collect();
+        let values: Vec<Value> = connections.iter().map(|id| json!([id])).collect();
         bounded(async {
-            let query = sqlx::query_scalar(sql(text)).bind(batch(values));
+            let query = sqlx::query_scalar(sql(text)).bind(batch(&values));
             query.fetch_all(&self.readers).await.map_err(failure::<D>)
         })
         .await

@@ -86,7 +86,7 @@ where
                 format!("DELETE FROM agents WHERE id IN (SELECT r.id FROM {ids} r)"),
             ] {
                 if !gone.is_empty() {
-                    let query = sqlx::query(sql(text)).bind(batch(gone.clone()));
+                    let query = sqlx::query(sql(text)).bind(batch(&gone));
                     query.execute(&mut *tx).await.map_err(failure::<D>)?;
                 }
             }

@@ -13,8 +13,8 @@ use hyper::header::{self, HeaderMap, HeaderValue};
 use subtle::ConstantTimeEq;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::budget::Budget;
 use super::{Answer, text};
+use crate::burden::Budget;
 use crate::clock::{Clock, Tick};
 use crate::config::Secret;
 use crate::metrics::Refused;
@@ -89,7 +89,7 @@ pub struct Limits {
     pub max_connections: usize,
     /// The most newcomers let in per second.
     pub max_connects_per_second: usize,
-    /// The most bytes of unfinished messages.
+    /// The budget for messages from their first byte until what they changed is stored, in bytes.
     pub max_inflight: usize,
     /// The largest message in bytes, also unpacked.
     pub max_message_size: usize,

@@ -14,8 +14,8 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
-use super::budget::{self, Budget, Share};
 use super::frames::FrameMeter;
+use crate::burden::{Budget, SMALL, Share};
 use crate::clock::{Clock, Tick};
 use crate::pulse::Link;
 
@@ -115,13 +115,27 @@ pub(super) struct Metered {
     traffic: Traffic,
     /// Made only where a message keeps the link waiting: an idle link pays a pointer for it.
     stall: Option<Box<Stall>>,
+    /// What the message holds that became whole last.
+    whole: Option<Box<Share>>,
+}
+
+/// A socket that pays for what it receives.
+pub(super) trait Bearer {
+    /// The share of the large message that became whole last: now its reader's.
+    fn take_share(&mut self) -> Option<Share>;
+}
+
+impl Bearer for Metered {
+    fn take_share(&mut self) -> Option<Share> {
+        self.whole.take().map(|share| *share)
+    }
 }
 
 impl Metered {
     /// A socket that speaks HTTP so far.
     pub(super) fn new(socket: TcpStream, phase: Arc<Phase>, clock: Clock, budget: Budget) -> Self {
         let link = Arc::clone(&phase.link);
-        Self { socket, link, clock, budget, traffic: Traffic::Http(phase), stall: None }
+        Self { socket, link, clock, budget, traffic: Traffic::Http(phase), stall: None, whole: None }
     }
 
     /// From now on it carries WebSocket frames, of which `read_ahead` were read already.
@@ -158,7 +172,8 @@ impl Metered {
                 meter.feed(bytes);
                 self.link.set_receiving(meter.unfinished() > 0);
                 if meter.unfinished() == 0 {
-                    self.stall = None;
+                    let share = self.stall.take().map(|stall| stall.share).filter(|share| share.asked() > 0);
+                    self.whole = share.map(Box::new).or(self.whole.take());
                 }
             }
         }
@@ -167,7 +182,7 @@ impl Metered {
     /// Ready once the message that is being read may grow by `more` bytes.
     fn poll_room(&mut self, context: &mut Context<'_>, more: usize) -> Poll<io::Result<()>> {
         let unfinished = self.unfinished();
-        if unfinished <= budget::EXEMPT {
+        if unfinished <= SMALL as u64 {
             return Poll::Ready(Ok(()));
         }
         let stall = self.stall();

@@ -5,8 +5,8 @@
 //! is refused here, before the upgrade.
 
 mod admission;
-mod budget;
 mod frames;
+mod intake;
 mod io;
 mod polling;
 mod websocket;

@@ -15,15 +15,15 @@ use hyper::header::{self, HeaderMap, HeaderValue};
 use hyper::{Request, Response, StatusCode};
 
 use super::admission::{Admission, come_back_later};
-use super::budget::Share;
+use super::intake::{self, Unfit};
 use super::io::UNFINISHED;
 use super::{Answer, PROTOBUF, closing, text};
 use crate::agent::offer::Refusal;
 use crate::agent::{InstanceUid, Sender};
+use crate::burden::Share;
 use crate::metrics::{DecodeFailure, Refused};
-use crate::proto::AgentToServer;
 use crate::pulse::Link;
-use crate::session::{Exchange, Exchanged, Origin, Services, exchange, introduce, reject, sender};
+use crate::session::{Exchange, Exchanged, Inbound, Origin, Services, exchange, introduce, reject, sender};
 use crate::store::Transport;
 use crate::wire::{self, WireError};
 
@@ -55,51 +55,61 @@ pub(super) async fn poll(
             return refuse(&head.headers, body, limits.max_message_size, refusal).await;
         }
     };
-    let body = match read(body, limits.max_message_size, admission.budget().share()).await {
+    let mut share = admission.budget().share();
+    let body = match read(body, limits.max_message_size, &mut share).await {
         Ok(body) => body,
         Err(unread) => {
             services.metrics.decode_failures.of(unread.cause()).increment(1);
             return unread.answer(limits.max_message_size);
         }
     };
-    let body = if packed { wire::gunzip(&body, limits.max_message_size) } else { Ok(body) };
+    let body =
+        if packed { intake::unpack(body, limits.max_message_size, &mut share).await } else { Ok(body) };
     let body = match body {
-        Ok(body) => body,
-        Err(WireError::TooLarge { limit }) => {
+        Ok(body) => Bytes::from(body),
+        Err(Unfit::Crowded) => return crowded(services),
+        Err(Unfit::Wire(WireError::TooLarge { limit })) => {
             services.metrics.decode_failures.of(DecodeFailure::TooLarge).increment(1);
             return too_large(limit);
         }
-        Err(_) => {
+        Err(Unfit::Wire(_)) => {
             services.metrics.decode_failures.of(DecodeFailure::Gzip).increment(1);
             return text(StatusCode::BAD_REQUEST, "the body is not valid gzip\n");
         }
     };
-    let exchanged = exchanged(services, admission, &body, peer).await;
+    let exchanged = match intake::unfold(body, share, admission.budget()).await {
+        Ok(inbound) => exchanged(services, admission, inbound, peer).await,
+        Err(Unfit::Crowded) => return crowded(services),
+        Err(Unfit::Wire(error)) => {
+            let many = error == WireError::TooMany;
+            let cause = if many { DecodeFailure::TooMany } else { DecodeFailure::Protobuf };
+            services.metrics.decode_failures.of(cause).increment(1);
+            reject(services, &[], Refusal::BadRequest(error.to_string()))
+        }
+    };
     if matches!(exchanged.refusal, Some(Refusal::Unavailable { .. })) {
         return come_back_later();
     }
     respond(&exchanged, &head.headers)
 }
 
-/// Takes the report in `body` through the session of its agent.
+/// There was no memory for the message.
+fn crowded(services: &Services) -> Answer {
+    services.metrics.refused.of(Refused::Memory).increment(1);
+    come_back_later()
+}
+
+/// Takes a report through the session of its agent.
 async fn exchanged(
     services: &Arc<Services>,
     admission: &Admission,
-    body: &[u8],
+    mut inbound: Inbound,
     peer: SocketAddr,
 ) -> Exchanged {
-    let report = match wire::decode_body(body) {
-        Ok(report) => report,
-        Err(error) => {
-            let many = error == WireError::TooMany;
-            let cause = if many { DecodeFailure::TooMany } else { DecodeFailure::Protobuf };
-            services.metrics.decode_failures.of(cause).increment(1);
-            return reject(services, &[], Refusal::BadRequest(error.to_string()));
-        }
-    };
-    let agent = match sender(services, &report) {
+    let report = &inbound.report;
+    let agent = match sender(services, report) {
         Ok(Sender::Agent(agent)) => agent,
-        Ok(Sender::Anonymous) => return introduce(services, &report),
+        Ok(Sender::Anonymous) => return introduce(services, report),
         Err(exchanged) => return *exchanged,
     };
     let newcomer = services.hub.get(agent).is_none();
@@ -121,7 +131,7 @@ async fn exchanged(
     };
     let mut agent = agent;
     loop {
-        match seated(services, &origin, agent, &report, body).await {
+        match seated(services, &origin, agent, &mut inbound).await {
             Exchange::Done(exchanged) => return *exchanged,
             Exchange::Rival(uid) => agent = uid,
         }
@@ -133,12 +143,11 @@ async fn seated(
     services: &Arc<Services>,
     origin: &Origin,
     agent: InstanceUid,
-    report: &AgentToServer,
-    body: &[u8],
+    inbound: &mut Inbound,
 ) -> Exchange {
     let seat = services.hub.seat(agent);
     let mut session = seat.lock().await;
-    let exchange = exchange(services, &mut session, origin, agent, report, body).await;
+    let exchange = exchange(services, &mut session, origin, agent, inbound).await;
     if session.is_some() {
         services.hub.keep_seat(agent, &seat);
     } else {
@@ -192,7 +201,7 @@ fn announced(body: &Incoming) -> usize {
 }
 
 /// Reads a body of at most `limit` bytes.
-async fn read(mut body: Incoming, limit: usize, mut share: Share) -> Result<Vec<u8>, Unread> {
+async fn read(mut body: Incoming, limit: usize, share: &mut Share) -> Result<Vec<u8>, Unread> {
     let announced = announced(&body);
     if announced > limit {
         let _whole = discard(body, limit).await;

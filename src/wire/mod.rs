@@ -5,7 +5,7 @@
 
 mod weight;
 
-use std::io::{Read, Write};
+use std::io::{Cursor, Read, Write};
 
 use flate2::Compression;
 use flate2::read::MultiGzDecoder;
@@ -55,13 +55,19 @@ const UNCOUNTED: usize = 64 << 10;
 
 /// Reads one WebSocket message: the varint header, which must be zero, then an `AgentToServer` (S-004…S-008).
 pub fn decode_frame(frame: &[u8]) -> Result<AgentToServer, WireError> {
-    decode_body(after_header(frame)?)
+    decode_body(body_of_frame(frame)?)
+}
+
+/// How many elements a report has; [`MAX_ELEMENTS`] at most.
+pub fn weigh(body: &[u8]) -> Result<usize, WireError> {
+    let left = weight::elements(Kind::Report, body, MAX_DEPTH, MAX_ELEMENTS).ok_or(WireError::TooMany)?;
+    Ok(MAX_ELEMENTS - left)
 }
 
 /// Reads the body of a plain HTTP request, which has no header in front.
 pub fn decode_body(body: &[u8]) -> Result<AgentToServer, WireError> {
-    if body.len() > UNCOUNTED && weight::elements(Kind::Report, body, MAX_DEPTH, MAX_ELEMENTS).is_none() {
-        return Err(WireError::TooMany);
+    if body.len() > UNCOUNTED {
+        weigh(body)?;
     }
     AgentToServer::decode(body).map_err(|error| {
         let mut text = error.to_string();
@@ -73,8 +79,8 @@ pub fn decode_body(body: &[u8]) -> Result<AgentToServer, WireError> {
     })
 }
 
-/// The part of a WebSocket message behind its header.
-fn after_header(frame: &[u8]) -> Result<&[u8], WireError> {
+/// The part of a WebSocket message behind its header, which must be zero (S-006).
+pub fn body_of_frame(frame: &[u8]) -> Result<&[u8], WireError> {
     // A 64-bit varint has at most ten bytes; the value is zero if no byte carries a payload bit.
     for (index, byte) in frame.iter().take(10).enumerate() {
         if byte & 0x7f != 0 {
@@ -103,15 +109,45 @@ pub fn encode_body(offer: &ServerToAgent) -> Vec<u8> {
     offer.encode_to_vec()
 }
 
-/// Unpacks a gzip body of at most `limit` bytes; never holds more than that (S-019).
-pub fn gunzip(packed: &[u8], limit: usize) -> Result<Vec<u8>, WireError> {
-    let mut body = Vec::new();
-    let bound = u64::try_from(limit).unwrap_or(u64::MAX).saturating_add(1);
-    MultiGzDecoder::new(packed).take(bound).read_to_end(&mut body).map_err(|_| WireError::Gzip)?;
-    if body.len() > limit {
-        return Err(WireError::TooLarge { limit });
+/// A gzip body that is unpacked piece by piece, so that whoever unpacks it can ask for memory in between (S-019).
+#[derive(Debug)]
+pub struct Unpacking {
+    packed: MultiGzDecoder<Cursor<Vec<u8>>>,
+    body: Vec<u8>,
+    limit: usize,
+}
+
+impl Unpacking {
+    /// A body that is still packed, and the most bytes that it may have unpacked.
+    #[must_use]
+    pub fn new(packed: Vec<u8>, limit: usize) -> Self {
+        Self { packed: MultiGzDecoder::new(Cursor::new(packed)), body: Vec::new(), limit }
     }
-    Ok(body)
+
+    /// The bytes that are held: what came, and what was unpacked of it.
+    #[must_use]
+    pub fn held(&self) -> usize {
+        self.packed.get_ref().get_ref().len() + self.body.len()
+    }
+
+    /// Unpacks up to so many bytes more; true where nothing is left.
+    pub fn step(&mut self, bytes: usize) -> Result<bool, WireError> {
+        // One byte beyond the limit is enough to know.
+        let bytes = bytes.min(self.limit.saturating_add(1).saturating_sub(self.body.len()));
+        self.body.reserve_exact(bytes);
+        let bound = u64::try_from(bytes).unwrap_or(u64::MAX);
+        let got = (&mut self.packed).take(bound).read_to_end(&mut self.body).map_err(|_| WireError::Gzip)?;
+        if self.body.len() > self.limit {
+            return Err(WireError::TooLarge { limit: self.limit });
+        }
+        Ok(got < bytes)
+    }
+
+    /// What was unpacked.
+    #[must_use]
+    pub fn into_body(self) -> Vec<u8> {
+        self.body
+    }
 }
 
 /// Packs a body with gzip; `None` where that fails, so that the plain body is sent instead.
@@ -187,10 +223,22 @@ mod tests {
     fn s_019_gzip_is_unpacked_up_to_the_limit_and_no_further() {
         let bomb = gzip(&vec![0; 1 << 20]).unwrap();
         assert!(bomb.len() < 1 << 14);
-        assert_eq!(gunzip(&bomb, 1 << 10), Err(WireError::TooLarge { limit: 1 << 10 }));
-        assert_eq!(gunzip(&bomb, 1 << 20).map(|body| body.len()), Ok(1 << 20));
-        assert_eq!(gunzip(b"plain", 1 << 20), Err(WireError::Gzip));
-        assert_eq!(gunzip(&bomb[..bomb.len() - 4], 1 << 20), Err(WireError::Gzip));
+        for step in [1_000, 1 << 20, usize::MAX] {
+            assert_eq!(gunzip(&bomb, 1 << 10, step), Err(WireError::TooLarge { limit: 1 << 10 }));
+            assert_eq!(gunzip(&bomb, 1 << 20, step).map(|body| body.len()), Ok(1 << 20));
+            assert_eq!(gunzip(b"plain", 1 << 20, step), Err(WireError::Gzip));
+            assert_eq!(gunzip(&bomb[..bomb.len() - 4], 1 << 20, step), Err(WireError::Gzip));
+            let members = [gzip(b"one").unwrap(), gzip(b"two").unwrap()].concat();
+            assert_eq!(gunzip(&members, 6, step), Ok(b"onetwo".to_vec()));
+        }
+    }
+
+    fn gunzip(packed: &[u8], limit: usize, step: usize) -> Result<Vec<u8>, WireError> {
+        let mut unpacking = Unpacking::new(packed.to_vec(), limit);
+        while !unpacking.step(step)? {
+            assert!(unpacking.held() <= packed.len() + limit);
+        }
+        Ok(unpacking.into_body())
     }
 
     /// A message of one field that holds `content`.
@@ -233,7 +281,7 @@ mod tests {
         fn any_bytes_never_panic(bytes in proptest::collection::vec(any::<u8>(), 0..512), limit in 0_usize..1024) {
             let _ = decode_frame(&bytes);
             let _ = decode_body(&bytes);
-            let _ = gunzip(&bytes, limit);
+            let _ = gunzip(&bytes, limit, limit / 3 + 1);
         }
 
         #[test]

@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 use std::time::Duration;
 
 use fastrand::Rng;
-use opamp_server::wire::{self, WireError};
+use opamp_server::wire::{self, Unpacking, WireError};
 use prost::Message as _;
 use tokio_tungstenite::tungstenite::protocol::{Message, Role, WebSocket, WebSocketConfig};
 
@@ -107,12 +107,23 @@ fn unpack(input: &[u8], happened: &mut Happened) -> Result<(), String> {
     if !input.starts_with(&[0x1f, 0x8b]) {
         return Ok(());
     }
-    match wire::gunzip(input, LIMIT) {
-        Ok(body) if body.len() > LIMIT => return Err(format!("{} bytes unpacked", body.len())),
-        Ok(body) => happened.note(("unpacked", body.len().checked_ilog2())),
-        Err(error) => happened.note(("packed", std::mem::discriminant(&error))),
+    let mut unpacking = Unpacking::new(input.to_vec(), LIMIT);
+    loop {
+        match unpacking.step(LIMIT / 3) {
+            Ok(false) if unpacking.held() > input.len() + LIMIT => {
+                return Err(format!("{} bytes are held", unpacking.held()));
+            }
+            Ok(false) => {}
+            Ok(true) => {
+                happened.note(("unpacked", unpacking.into_body().len().checked_ilog2()));
+                return Ok(());
+            }
+            Err(error) => {
+                happened.note(("packed", std::mem::discriminant(&error)));
+                return Ok(());
+            }
+        }
     }
-    Ok(())
 }
 
 /// A socket that gives what has arrived and takes everything.

@@ -227,7 +227,7 @@ impl Seen {
             return Err("the same report changes different things".to_owned());
         }
         self.plausible(report, &next, change)?;
-        let documents = Documents::of(report, change.parts);
+        let documents = Documents::take(&mut report.clone(), change.parts);
         documented(&documents, change.parts, happened)?;
         whole(
             &compose(&report.instance_uid, Answer { ask_full_state: change.ask_full_state, new_uid: None }),

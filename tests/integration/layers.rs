@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// The modules from the bottom; each may know those of the groups before its own, and no others.
 const ORDER: [&[&str]; 13] = [
-    &["proto", "clock", "close", "config", "site"],
+    &["proto", "clock", "close", "config", "site", "burden"],
     &["agent", "wire"],
     &["store"],
     &["metrics"],

@@ -6,12 +6,14 @@
 //! both databases decide alike. The statements know nothing of links or sessions.
 
 mod decide;
+mod update;
 
 use std::collections::HashMap;
 use std::time::Duration;
 
 use async_trait::async_trait;
 use serde_json::{Value, json};
+use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, Transaction, Type};
 use uuid::Uuid;
 
@@ -207,55 +209,6 @@ pub(super) fn stored_number(number: Option<u64>) -> Option<i64> {
     number.map(u64::cast_signed)
 }
 
-/// A document as the text that SQLite keeps and Postgres reads as jsonb.
-fn update_row(update: &AgentUpdate) -> Value {
-    let documents = &update.documents;
-    let described = documents.description.as_ref();
-    json!([
-        update.agent,
-        update.connection_id,
-        update.at.as_micros(),
-        update.capabilities.0.cast_signed(),
-        described.map(|described| &described.document),
-        described.and_then(|described| described.name.as_ref()),
-        described.and_then(|described| described.host.as_ref()),
-        described.map(|described| &described.groups),
-        described.is_some_and(|described| described.ephemeral),
-        described.map_or(0, |described| described.clients_count),
-        documents.health,
-        documents.healthy,
-        documents.effective_config,
-        documents.remote_config_status,
-        documents.sync_revision,
-        documents.package_statuses,
-        documents.custom_capabilities,
-        documents.components_hash,
-        documents.connection_settings_status,
-    ])
-}
-
-const UPDATE_COLUMNS: [(&str, Column); 19] = [
-    ("agent", Column::Uuid),
-    ("connection_id", Column::Integer),
-    ("at", Column::Moment),
-    ("capabilities", Column::Integer),
-    ("description", Column::Json),
-    ("name", Column::Text),
-    ("host", Column::Text),
-    ("groups", Column::Json),
-    ("ephemeral", Column::Boolean),
-    ("clients_count", Column::Integer),
-    ("health", Column::Json),
-    ("healthy", Column::Boolean),
-    ("effective_config", Column::Json),
-    ("remote_config_status", Column::Json),
-    ("sync_revision", Column::Text),
-    ("package_statuses", Column::Json),
-    ("custom_capabilities", Column::Json),
-    ("components_hash", Column::Text),
-    ("connection_settings_status", Column::Json),
-];
-
 #[async_trait]
 impl<D> ConnectionStore for SqlStore<D>
 where
@@ -271,6 +224,7 @@ where
     for<'q> i64: Encode<'q, D> + Decode<'q, D> + Type<D>,
     for<'q> Uuid: Encode<'q, D> + Decode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
+    for<'q> Json<&'q Value>: Encode<'q, D> + Type<D>,
 {
     async fn write(&self, batch: &[Write]) -> Result<Vec<Written>, StoreError> {
         bounded(self.write_batch(batch)).await
@@ -303,8 +257,10 @@ where
     for<'r> OpenRow: FromRow<'r, D::Row>,
     usize: ColumnIndex<D::Row>,
     for<'q> String: Encode<'q, D> + Type<D>,
-    for<'q> i64: Decode<'q, D> + Type<D>,
-    for<'q> Uuid: Decode<'q, D> + Type<D>,
+    for<'q> i64: Encode<'q, D> + Decode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Decode<'q, D> + Type<D>,
+    for<'q> Json<&'q Value>: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
 {
     async fn write_batch(&self, writes: &[Write]) -> Result<Vec<Written>, StoreError> {
         let (mut updates, mut ends, mut news) = (Vec::new(), Vec::new(), Vec::new());
@@ -334,7 +290,20 @@ where
             .collect::<Option<Vec<_>>>()
             .ok_or_else(|| StoreError::Corrupt("a batch was answered incompletely".to_owned()))
     }
+}
 
+impl<D> SqlStore<D>
+where
+    D: Dialect,
+    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
+    D::Arguments: IntoArguments<D>,
+    for<'r> LockedAgent: FromRow<'r, D::Row>,
+    for<'r> OpenRow: FromRow<'r, D::Row>,
+    usize: ColumnIndex<D::Row>,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> i64: Decode<'q, D> + Type<D>,
+    for<'q> Uuid: Decode<'q, D> + Type<D>,
+{
     /// Creates the records of agents never seen before.
     async fn insert_agents(tx: &mut Transaction<'_, D>, news: &[&NewConnection]) -> Result<(), StoreError> {
         let text = format!(
@@ -367,7 +336,7 @@ where
         agents: &[InstanceUid],
     ) -> Result<HashMap<InstanceUid, LockedAgent>, StoreError> {
         let rows = rows::<D>(&[("id", Column::Uuid)]);
-        let values = agents.iter().map(|agent| json!([agent])).collect();
+        let values: Vec<Value> = agents.iter().map(|agent| json!([agent])).collect();
         let text = format!(
             "SELECT a.id, a.status, a.connection_id, a.capabilities, l.sequence_num, l.last_seen_at, l.poll_silence_ms,
                     a.displaced_at, a.displaced_number, a.swaps, a.rival_id, a.rival_offers,
@@ -384,70 +353,16 @@ where
              FROM agents a LEFT JOIN agent_liveness l ON l.agent_id = a.id
              WHERE a.id IN (SELECT r.id FROM {rows} r)"
         );
-        let agents: Vec<LockedAgent> =
-            sqlx::query_as(sql(text)).bind(batch(values)).fetch_all(&mut **tx).await.map_err(failure::<D>)?;
+        let agents: Vec<LockedAgent> = sqlx::query_as(sql(text))
+            .bind(batch(&values))
+            .fetch_all(&mut **tx)
+            .await
+            .map_err(failure::<D>)?;
         Ok(agents.into_iter().map(|agent| (agent.id, agent)).collect())
     }
 
-    /// Stores what agents reported; answers whose report was stored.
-    async fn update_agents(
-        tx: &mut Transaction<'_, D>,
-        updates: &[&AgentUpdate],
-    ) -> Result<Vec<InstanceUid>, StoreError> {
-        if updates.is_empty() {
-            return Ok(Vec::new());
-        }
-        let kept: String = [
-            "health",
-            "healthy",
-            "effective_config",
-            "remote_config_status",
-            "sync_revision",
-            "package_statuses",
-            "custom_capabilities",
-            "components_hash",
-            "connection_settings_status",
-        ]
-        .map(|column| format!("{column} = coalesce(r.{column}, a.{column}), "))
-        .concat();
-        let described: String = ["name", "host", "groups", "ephemeral", "clients_count"]
-            .map(|column| {
-                format!("{column} = CASE WHEN r.description IS NULL THEN a.{column} ELSE r.{column} END, ")
-            })
-            .concat();
-        let text = format!(
-            "UPDATE agents AS a SET {kept}{described}
-                 description = coalesce(r.description, a.description),
-                 capabilities = r.capabilities, updated_at = {}(a.updated_at, r.at)
-             FROM {} r WHERE a.id = r.agent AND a.connection_id = r.connection_id RETURNING id",
-            D::GREATEST,
-            rows::<D>(&UPDATE_COLUMNS)
-        );
-        let values = updates.iter().map(|update| update_row(update)).collect();
-        let stored: Vec<(Uuid,)> =
-            sqlx::query_as(sql(text)).bind(batch(values)).fetch_all(&mut **tx).await.map_err(failure::<D>)?;
-        let stored: Vec<InstanceUid> = stored.into_iter().map(|(id,)| id.into()).collect();
-        let stored_updates: Vec<_> =
-            updates.iter().copied().filter(|update| stored.contains(&update.agent)).collect();
-        Self::update_liveness(tx, stored_updates.iter().map(|u| (u.agent, u.at, u.sequence_num))).await?;
-        Self::replace_attributes(tx, &stored_updates).await?;
-        let inventories = stored_updates.iter().filter_map(|update| {
-            let (hash, components) =
-                (update.documents.components_hash.as_ref()?, update.documents.components.as_ref()?);
-            Some(json!([hash, components, update.at.as_micros()]))
-        });
-        let columns = [("hash", Column::Text), ("components", Column::Json), ("at", Column::Moment)];
-        let text = format!(
-            "INSERT INTO component_inventories (hash, components, created_at)
-             SELECT r.hash, r.components, r.at FROM {} r WHERE true ON CONFLICT (hash) DO NOTHING",
-            rows::<D>(&columns)
-        );
-        Self::execute(tx, text, inventories.collect()).await?;
-        Ok(stored)
-    }
-
     /// Stores when agents were last seen and the numbers their stored state stands for, under the lock of their rows.
-    async fn update_liveness(
+    pub(super) async fn update_liveness(
         tx: &mut Transaction<'_, D>,
         seen: impl Iterator<Item = (InstanceUid, Moment, Option<u64>)> + Send,
     ) -> Result<(), StoreError> {
@@ -463,30 +378,6 @@ where
         Self::execute(tx, text, values).await
     }
 
-    /// Replaces the indexed attributes of agents whose description changed.
-    async fn replace_attributes(
-        tx: &mut Transaction<'_, D>,
-        updates: &[&AgentUpdate],
-    ) -> Result<(), StoreError> {
-        let (mut agents, mut attributes) = (Vec::new(), Vec::new());
-        for update in updates {
-            let Some(described) = &update.documents.description else { continue };
-            agents.push(json!([update.agent]));
-            attributes
-                .extend(described.attributes.iter().map(|(key, value)| json!([update.agent, key, value])));
-        }
-        let rows_to_drop = rows::<D>(&[("id", Column::Uuid)]);
-        let text =
-            format!("DELETE FROM agent_attributes WHERE agent_id IN (SELECT r.id FROM {rows_to_drop} r)");
-        Self::execute(tx, text, agents).await?;
-        let columns = [("id", Column::Uuid), ("key", Column::Text), ("val", Column::Text)];
-        let text = format!(
-            "INSERT INTO agent_attributes (agent_id, key, value) SELECT r.id, r.key, r.val FROM {} r",
-            rows::<D>(&columns)
-        );
-        Self::execute(tx, text, attributes).await
-    }
-
     /// The open rows among these connections or of these agents.
     pub(super) async fn open_rows(
         tx: &mut Transaction<'_, D>,
@@ -500,7 +391,7 @@ where
              FROM agent_connection_history c LEFT JOIN nodes n ON n.id = c.node_id
              WHERE c.disconnected_at IS NULL AND c.{by} IN (SELECT r.key FROM {rows} r)"
         );
-        sqlx::query_as(sql(text)).bind(batch(keys)).fetch_all(&mut **tx).await.map_err(failure::<D>)
+        sqlx::query_as(sql(text)).bind(batch(&keys)).fetch_all(&mut **tx).await.map_err(failure::<D>)
     }
 
     /// Ends connections; an end whose row was ended before changes nothing.
@@ -699,7 +590,7 @@ where
             ])
         });
         let inserted: Vec<(i64, Uuid)> = sqlx::query_as(sql(text))
-            .bind(batch(values.collect()))
+            .bind(batch(&values.collect::<Vec<_>>()))
             .fetch_all(&mut **tx)
             .await
             .map_err(failure::<D>)?;

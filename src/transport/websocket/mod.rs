@@ -6,7 +6,7 @@
 
 use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,16 +21,18 @@ use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Message, Role, WebSoc
 use tokio_tungstenite::tungstenite::{Bytes, Error};
 
 use super::admission::{Admission, Place};
-use super::io::Metered;
+use super::intake::{self, Unfit};
+use super::io::{Bearer, Metered};
 use crate::agent::offer::Refusal;
 use crate::agent::{InstanceUid, Sender};
+use crate::burden::{SMALL, Share};
 use crate::clock::Tick;
 use crate::close::CloseReason;
 use crate::history::{EndTicket, Noticed};
 use crate::metrics::{DecodeFailure, Metrics, Refused};
 use crate::proto::{AgentToServer, ServerToAgent};
 use crate::pulse::Link;
-use crate::session::{Exchange, Origin, Services, Session, exchange, introduce, reject, sender};
+use crate::session::{Exchange, Inbound, Origin, Services, Session, exchange, introduce, reject, sender};
 use crate::store::Transport;
 use crate::wire::{self, WireError};
 
@@ -131,11 +133,13 @@ enum Take {
     Answer(Vec<u8>),
     /// The report wants more than a look at its session.
     Process(Box<AgentToServer>),
+    /// It is too large to be looked at here and now.
+    Unfold,
 }
 
 impl<S> LinkTask<S>
 where
-    S: AsyncRead + AsyncWrite + Unpin + Send,
+    S: AsyncRead + AsyncWrite + Bearer + Unpin + Send,
 {
     async fn run(mut self: Box<Self>) {
         let _counted = Counted::new(&self.agents.services.metrics, &self.agents.origin.link);
@@ -174,11 +178,18 @@ where
 
     /// Answers one message. A mere sign of life is answered on the spot.
     async fn on_message(&mut self, bytes: Bytes) -> Result<(), End> {
-        let frame = match self.agents.take(&bytes) {
-            Take::Answer(frame) => frame,
-            Take::Process(report) => wire::encode_frame(&Box::pin(self.agents.process(report, &bytes)).await),
+        let share = self.socket.get_mut().take_share();
+        let frame = match wire::body_of_frame(&bytes).map(|body| bytes.slice_ref(body)) {
+            Err(error) => self.agents.malformed(&error),
+            Ok(body) => match self.agents.take(&body) {
+                Take::Answer(frame) => frame,
+                Take::Process(report) => Box::pin(self.agents.process(Some(report), body, share)).await?,
+                Take::Unfold => {
+                    drop(bytes);
+                    Box::pin(self.agents.process(None, body, share)).await?
+                }
+            },
         };
-        drop(bytes);
         self.send(Message::Binary(frame.into())).await?;
         self.agents.note_company();
         if self.agents.malformed >= MALFORMED_LIMIT {
@@ -313,16 +324,19 @@ impl Agents {
     }
 
     /// Looks at a message without waiting for anything.
-    fn take(&mut self, bytes: &Bytes) -> Take {
-        let report = match wire::decode_frame(bytes) {
+    fn take(&mut self, body: &[u8]) -> Take {
+        if body.len() > SMALL {
+            return Take::Unfold;
+        }
+        let report = match wire::decode_body(body) {
             Ok(report) => report,
-            Err(error) => return Take::Answer(wire::encode_frame(&self.malformed(&error))),
+            Err(error) => return Take::Answer(self.malformed(&error)),
         };
         self.malformed = 0;
         if let Ok(Sender::Agent(agent)) = Sender::of(&report)
             && let Ok(index) = self.sessions.binary_search_by_key(&agent, |(uid, _)| *uid)
             && let Some((_, Some(session))) = self.sessions.get_mut(index)
-            && let Some(offer) = session.beat(&report, bytes)
+            && let Some(offer) = session.beat(&report, body)
         {
             self.speaker = Some(agent);
             return Take::Answer(wire::encode_frame(&offer));
@@ -330,16 +344,65 @@ impl Agents {
         Take::Process(Box::new(report))
     }
 
+    /// Takes a message in that asks for more than a look; answers the frame to send.
+    async fn process(
+        &mut self,
+        report: Option<Box<AgentToServer>>,
+        body: Bytes,
+        share: Option<Share>,
+    ) -> Result<Vec<u8>, End> {
+        let link = Arc::clone(&self.origin.link);
+        link.turn_away();
+        let frame = match self.unfold(report, body, share).await {
+            Ok(Ok(inbound)) => {
+                self.malformed = 0;
+                Ok(wire::encode_frame(&self.converse(inbound).await))
+            }
+            Ok(Err(Unfit::Wire(error))) => Ok(self.malformed(&error)),
+            Ok(Err(Unfit::Crowded)) => {
+                self.services.metrics.refused.of(Refused::Memory).increment(1);
+                Ok(wire::encode_frame(&reject(&self.services, &self.only_uid(), come_later()).offer))
+            }
+            Err(end) => Err(end),
+        };
+        link.attend(self.services.clock.tick());
+        frame
+    }
+
+    /// Takes a message apart once there is memory for it; gives up when everybody on the link was ended.
+    async fn unfold(
+        &mut self,
+        report: Option<Box<AgentToServer>>,
+        body: Bytes,
+        share: Option<Share>,
+    ) -> Result<Result<Inbound, Unfit>, End> {
+        let (admission, link) = (Arc::clone(&self.admission), Arc::clone(&self.origin.link));
+        let budget = admission.budget();
+        let unfolding = async {
+            match report {
+                Some(report) => intake::weighed(*report, &body, budget).await,
+                None => intake::unfold(body, share.unwrap_or_else(|| budget.share()), budget).await,
+            }
+        };
+        let mut unfolding = pin!(unfolding);
+        loop {
+            tokio::select! {
+                biased;
+                unfolded = &mut unfolding => return Ok(unfolded),
+                () = link.woken() => self.look_around()?,
+            }
+        }
+    }
+
     /// Takes a report through the session of its agent, which its first report opens.
-    async fn process(&mut self, report: Box<AgentToServer>, bytes: &Bytes) -> ServerToAgent {
-        let agent = match sender(&self.services, &report) {
+    async fn converse(&mut self, mut inbound: Inbound) -> ServerToAgent {
+        let mut agent = match sender(&self.services, &inbound.report) {
             Ok(Sender::Agent(agent)) => agent,
-            Ok(Sender::Anonymous) => return introduce(&self.services, &report).offer,
+            Ok(Sender::Anonymous) => return introduce(&self.services, &inbound.report).offer,
             Err(exchanged) => return exchanged.offer,
         };
-        let mut agent = agent;
         loop {
-            match self.take_through(agent, &report, bytes).await {
+            match self.take_through(agent, &mut inbound).await {
                 Exchange::Done(exchanged) => return exchanged.offer,
                 Exchange::Rival(uid) => agent = uid,
             }
@@ -347,18 +410,19 @@ impl Agents {
     }
 
     /// Takes a report through the session of `agent`.
-    async fn take_through(&mut self, agent: InstanceUid, report: &AgentToServer, bytes: &Bytes) -> Exchange {
+    async fn take_through(&mut self, agent: InstanceUid, inbound: &mut Inbound) -> Exchange {
+        let uid = &inbound.report.instance_uid;
         self.speaker = Some(agent);
         let index = match self.sessions.binary_search_by_key(&agent, |(uid, _)| *uid) {
             Ok(index) => index,
             Err(_) if self.sessions.len() >= self.admission.limits().max_per_link => {
                 self.services.metrics.refused.of(Refused::PerLink).increment(1);
-                return Exchange::Done(Box::new(reject(&self.services, &report.instance_uid, come_later())));
+                return Exchange::Done(Box::new(reject(&self.services, uid, come_later())));
             }
             // The first agent of a link was admitted with it.
             Err(_) if !self.sessions.is_empty() && !self.admission.admits_newcomer(&self.services.clock) => {
                 self.services.metrics.refused.of(Refused::Rate).increment(1);
-                return Exchange::Done(Box::new(reject(&self.services, &report.instance_uid, come_later())));
+                return Exchange::Done(Box::new(reject(&self.services, uid, come_later())));
             }
             Err(index) => {
                 self.sessions.insert(index, (agent, None));
@@ -366,7 +430,7 @@ impl Agents {
             }
         };
         let slot = &mut self.sessions[index].1;
-        let exchange = exchange(&self.services, slot, &self.origin, agent, report, bytes).await;
+        let exchange = exchange(&self.services, slot, &self.origin, agent, inbound).await;
         if slot.is_none() {
             self.sessions.remove(index);
         }
@@ -374,7 +438,7 @@ impl Agents {
     }
 
     /// Answers what is no report; the sequence state stays as it is, so that the next good one shows the gap.
-    fn malformed(&mut self, error: &WireError) -> ServerToAgent {
+    fn malformed(&mut self, error: &WireError) -> Vec<u8> {
         self.malformed += 1;
         let cause = match error {
             WireError::HeaderMissing | WireError::HeaderNotZero => DecodeFailure::Header,
@@ -383,11 +447,16 @@ impl Agents {
             WireError::TooLarge { .. } => DecodeFailure::TooLarge,
         };
         self.services.metrics.decode_failures.of(cause).increment(1);
-        let uid = match self.sessions.as_slice() {
+        let refusal = Refusal::BadRequest(error.to_string());
+        wire::encode_frame(&reject(&self.services, &self.only_uid(), refusal).offer)
+    }
+
+    /// The uid of the agent on a link of one: whoever sent what cannot be read.
+    fn only_uid(&self) -> Vec<u8> {
+        match self.sessions.as_slice() {
             [(only, _)] => only.as_bytes().to_vec(),
             _ => Vec::new(),
-        };
-        reject(&self.services, &uid, Refusal::BadRequest(error.to_string())).offer
+        }
     }
 
     /// Notes since when nobody is on the link.

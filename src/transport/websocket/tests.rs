@@ -56,6 +56,12 @@ impl AsyncWrite for Faulty {
     }
 }
 
+impl Bearer for Faulty {
+    fn take_share(&mut self) -> Option<Share> {
+        None
+    }
+}
+
 /// What a link works with, on a database in memory, and a writer behind it.
 async fn services() -> Arc<Services> {
     let store = store::open("sqlite::memory:", 1, true).await.unwrap();
