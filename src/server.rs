@@ -337,7 +337,7 @@ async fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpListener, So
 }
 
 /// Builds what sessions work with, and the two tasks behind it.
-async fn assemble(
+pub async fn assemble(
     config: &Config,
     store: Arc<dyn Store>,
     node_id: Uuid,
@@ -484,7 +484,7 @@ async fn take_name(store: &dyn Store, name: &str, lease: Duration) -> Result<boo
 }
 
 /// Puts the node on record, ends what its predecessor left, and takes polls on record under watch.
-async fn restore(
+pub async fn restore(
     services: &Arc<Services>,
     name: &str,
     node_id: Uuid,
@@ -529,14 +529,23 @@ async fn restore(
 }
 
 /// This node, as it is on record.
-struct Node {
-    id: Uuid,
-    name: String,
-    lease: Duration,
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// New with every start.
+    pub id: Uuid,
+    /// Its name.
+    pub name: String,
+    /// For how long a renewal holds.
+    pub lease: Duration,
 }
 
 /// Renews the node's lease three times as often as it would run out.
-async fn hold_lease(services: Arc<Services>, node: Node, ended: CancellationToken, stop: CancellationToken) {
+pub async fn hold_lease(
+    services: Arc<Services>,
+    node: Node,
+    ended: CancellationToken,
+    stop: CancellationToken,
+) {
     while stop.run_until_cancelled(tokio::time::sleep(node.lease / 3)).await.is_some() {
         match services.store.renew_node(node.id, services.clock.now()).await {
             Ok(true) => {
