@@ -1,0 +1,294 @@
+//! What really happened, as nobody inside the simulation could know it, and the first contradiction to it.
+//!
+//! The simulated agents and links tell it what they do and hear; the checker holds what is on record against it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fmt;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use opamp_server::agent::InstanceUid;
+use opamp_server::clock::Moment;
+use opamp_server::store::Transport;
+use tokio::time::Instant;
+use uuid::Uuid;
+
+use crate::check::Expected;
+use crate::rules::{Rule, Rules};
+
+/// The moment at which every simulation begins, in microseconds since the Unix epoch.
+const EPOCH: i64 = 1_800_000_000_000_000;
+
+/// How many marks an agent reports: one per part.
+pub(crate) const PARTS: usize = 3;
+
+/// Which version of each of its parts an agent has, or the store knows; zero = never reported.
+pub(crate) type Marks = [u64; PARTS];
+
+/// How the end of a connection was shown by the peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shown {
+    /// A report with `agent_disconnect`.
+    Disconnect,
+    /// A Close frame.
+    Close,
+    /// The transport ended without one.
+    Fin,
+    /// A reset: it shows that the peer is gone, not since when.
+    Reset,
+}
+
+/// What the server side of one link, or of the polls of one connection, could know.
+#[derive(Clone, Debug)]
+pub(crate) struct Contact {
+    pub(crate) agent: InstanceUid,
+    pub(crate) transport: Transport,
+    /// The process that heard it last.
+    pub(crate) process: Uuid,
+    /// When the report came that opened it.
+    pub(crate) opened: Moment,
+    /// When anything of it was last read.
+    pub(crate) heard: Moment,
+    /// When anything of it last arrived, read or not.
+    pub(crate) arrived: Moment,
+    /// How the peer showed its end: when that arrived.
+    pub(crate) shown: Option<(Shown, Moment)>,
+    /// How long gaps between polls were, the newest last.
+    pub(crate) gaps: Vec<Duration>,
+}
+
+/// What is known of one agent from its own side.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Own {
+    /// What each report said, by run of its process and number.
+    pub(crate) said: Vec<BTreeMap<u64, Marks>>,
+    /// What its parts are now.
+    pub(crate) marks: Marks,
+    /// What a server took without asking for more.
+    pub(crate) answered: Marks,
+    /// When that was.
+    pub(crate) acknowledged: Option<Moment>,
+    /// When its last poll was read.
+    pub(crate) polled: Option<Moment>,
+    /// When reports arrived with which it left.
+    pub(crate) farewells: Vec<Moment>,
+    /// Something happened after which a server may ask for full state.
+    pub(crate) excuse: Option<&'static str>,
+    /// Another agent may use the same uid: little can be said of it.
+    pub(crate) cloned: bool,
+    /// It stays connected until the end.
+    pub(crate) stays: bool,
+    /// Since when it is gone for good.
+    pub(crate) gone: Option<Moment>,
+}
+
+/// Something that must not happen.
+#[derive(Clone, Debug)]
+pub(crate) struct Contradiction {
+    pub(crate) rule: Rule,
+    pub(crate) at: Moment,
+    pub(crate) text: String,
+}
+
+/// The record.
+#[derive(Debug)]
+pub(crate) struct Truth {
+    began: Instant,
+    rules: Rules,
+    recording: bool,
+    expected: Expected,
+    inner: Mutex<Inner>,
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Inner {
+    pub(crate) contacts: HashMap<i64, Contact>,
+    /// The connections on each link.
+    links: HashMap<u64, (Moment, Option<(Shown, Moment)>, Vec<i64>)>,
+    pub(crate) agents: BTreeMap<InstanceUid, Own>,
+    names: HashMap<InstanceUid, String>,
+    processes: HashMap<Uuid, String>,
+    pub(crate) dead: HashMap<Uuid, Moment>,
+    /// Since when somebody admits agents; none while nobody does.
+    pub(crate) admitting: Option<Moment>,
+    /// When a process was last blind, with how it noticed unknown: the end of it.
+    pub(crate) blind_until: Option<Moment>,
+    /// Times of trouble with the store, and of stopped processes.
+    pub(crate) troubles: Vec<(Moment, Moment)>,
+    timeline: Vec<(Moment, String)>,
+    first: Option<Contradiction>,
+    fingerprint: u64,
+}
+
+impl Truth {
+    pub(crate) fn new(rules: Rules, recording: bool, expected: Expected) -> Self {
+        Self { began: Instant::now(), rules, recording, expected, inner: Mutex::default() }
+    }
+
+    pub(crate) fn expected(&self) -> Expected {
+        self.expected
+    }
+
+    pub(crate) fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn began(&self) -> Moment {
+        Moment::from_micros(EPOCH)
+    }
+
+    pub(crate) fn now(&self) -> Moment {
+        self.moment(Instant::now())
+    }
+
+    pub(crate) fn moment(&self, instant: Instant) -> Moment {
+        let since = instant.saturating_duration_since(self.began);
+        Moment::from_micros(EPOCH).after(since)
+    }
+
+    /// Puts a line on the timeline.
+    pub(crate) fn say(&self, text: fmt::Arguments<'_>) {
+        if self.recording {
+            let (now, text) = (self.now(), text.to_string());
+            self.lock().timeline.push((now, text));
+        }
+    }
+
+    /// Mixes what happened into the fingerprint of the run.
+    pub(crate) fn stir(&self, number: u64) {
+        let now = self.now().as_micros().cast_unsigned();
+        let mut inner = self.lock();
+        inner.fingerprint =
+            (inner.fingerprint.rotate_left(5) ^ number ^ now).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    }
+
+    /// Notes a contradiction, unless its rule is not looked at.
+    pub(crate) fn contradict(&self, rule: Rule, text: impl FnOnce() -> String) {
+        if !self.rules.has(rule) {
+            return;
+        }
+        let at = self.now();
+        let text = text();
+        self.say(format_args!("!!! {rule:?}: {text}"));
+        self.lock().first.get_or_insert(Contradiction { rule, at, text });
+    }
+
+    pub(crate) fn first(&self) -> Option<Contradiction> {
+        self.lock().first.clone()
+    }
+
+    pub(crate) fn fingerprint(&self) -> u64 {
+        self.lock().fingerprint
+    }
+
+    pub(crate) fn timeline(&self) -> Vec<(Moment, String)> {
+        self.lock().timeline.clone()
+    }
+
+    pub(crate) fn name(&self, uid: InstanceUid, name: String) {
+        self.lock().names.insert(uid, name);
+    }
+
+    /// The name of an agent, for people.
+    pub(crate) fn who(&self, uid: InstanceUid) -> String {
+        self.lock().who(uid)
+    }
+
+    pub(crate) fn name_process(&self, node: Uuid, name: String) {
+        self.lock().processes.insert(node, name);
+    }
+
+    pub(crate) fn process(&self, node: Uuid) -> String {
+        self.lock().processes.get(&node).cloned().unwrap_or_else(|| node.to_string())
+    }
+
+    /// Changes what is known of an agent.
+    pub(crate) fn own<T>(&self, agent: InstanceUid, change: impl FnOnce(&mut Own) -> T) -> T {
+        change(self.lock().agents.entry(agent).or_default())
+    }
+
+    /// Something of a link will arrive at `due`.
+    pub(crate) fn arrives(&self, link: u64, due: Instant, shown: Option<Shown>) {
+        let due = self.moment(due);
+        let mut inner = self.lock();
+        let Inner { links, contacts, .. } = &mut *inner;
+        let link = links.entry(link).or_insert((due, None, Vec::new()));
+        link.0 = due;
+        if let Some(shown) = shown {
+            link.1.get_or_insert((shown, due));
+        }
+        for id in &link.2 {
+            if let Some(contact) = contacts.get_mut(id) {
+                contact.arrived = due;
+                if let Some(shown) = shown {
+                    contact.shown.get_or_insert((shown, due));
+                }
+            }
+        }
+    }
+
+    /// Something of a link was read just now.
+    pub(crate) fn hears(&self, link: u64) {
+        let now = self.now();
+        let mut inner = self.lock();
+        let Inner { links, contacts, .. } = &mut *inner;
+        for id in links.get(&link).map(|link| link.2.as_slice()).unwrap_or_default() {
+            if let Some(contact) = contacts.get_mut(id) {
+                contact.heard = now;
+            }
+        }
+    }
+
+    /// A report that was read at `heard` was taken by the session of this connection.
+    pub(crate) fn taken(
+        &self,
+        connection: i64,
+        agent: InstanceUid,
+        transport: Transport,
+        process: Uuid,
+        link: Option<u64>,
+        heard: Moment,
+    ) {
+        let mut inner = self.lock();
+        let Inner { links, contacts, .. } = &mut *inner;
+        let link = link.and_then(|link| links.get_mut(&link));
+        let (arrived, shown) = link.as_ref().map_or((heard, None), |link| (link.0, link.1));
+        let contact = contacts.entry(connection).or_insert_with(|| Contact {
+            agent,
+            transport,
+            process,
+            opened: heard,
+            heard,
+            arrived,
+            shown,
+            gaps: Vec::new(),
+        });
+        if transport == Transport::Http && heard > contact.heard {
+            contact.gaps.push(heard.since(contact.heard));
+        }
+        contact.process = process;
+        contact.heard = contact.heard.max(heard);
+        contact.arrived = contact.arrived.max(arrived);
+        if let Some(link) = link
+            && !link.2.contains(&connection)
+        {
+            link.2.push(connection);
+        }
+    }
+
+    /// A time in which the store or a process was in trouble.
+    pub(crate) fn trouble(&self, from: Moment, until: Moment) {
+        self.lock().troubles.push((from, until));
+    }
+}
+
+impl Inner {
+    pub(crate) fn who(&self, uid: InstanceUid) -> String {
+        self.names.get(&uid).cloned().unwrap_or_else(|| uid.to_string())
+    }
+
+    /// True where there was trouble in this time.
+    pub(crate) fn troubled(&self, from: Moment, until: Moment) -> bool {
+        self.troubles.iter().any(|(begin, end)| *begin <= until && *end >= from)
+    }
+}
