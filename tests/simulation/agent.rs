@@ -28,6 +28,9 @@ use crate::world::World;
 /// How long an agent waits for a handshake or for the answer to a poll.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// How long anything may be on its way where no process is frozen.
+const SOON: Duration = Duration::from_secs(2);
+
 /// How an agent's stay on a link comes to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
@@ -168,6 +171,15 @@ impl Agent {
         self.world.truth.own(self.uid, |own| own.excuse = Some(why));
     }
 
+    /// As [`excuse`](Self::excuse), for as long as anything may be on its way.
+    fn excuse_longer(&self, why: &'static str, lasts: Duration) {
+        let until = self.world.truth.now().after(lasts);
+        self.world.truth.own(self.uid, |own| {
+            own.excuse = Some(why);
+            own.excused_until = Some(until);
+        });
+    }
+
     /// The next report, as bytes.
     fn report(&mut self, say: Say) -> (Vec<u8>, Sent) {
         if let Say::Part(part) = say {
@@ -241,7 +253,11 @@ impl Agent {
     /// Where it goes next.
     fn place(&mut self) -> usize {
         if self.rng.u8(0..8) == 0 {
-            self.home = self.rng.usize(0..self.world.places());
+            let next = self.rng.usize(0..self.world.places());
+            if next != self.home {
+                self.excuse_longer("it is at another node", SOON);
+            }
+            self.home = next;
         }
         self.home
     }
@@ -374,7 +390,7 @@ impl Agent {
             Ending::Close => drop(wire.send(process, Up::Close)),
             Ending::Fin => drop(wire.send(process, Up::Fin)),
             Ending::Reset => drop(wire.send(process, Up::Reset)),
-            Ending::Vanish => self.excuse("its network was gone"),
+            Ending::Vanish => self.excuse_longer("its network was gone", SOON),
             Ending::Restart => {
                 wire.send(process, Up::Fin);
                 self.restart();
@@ -384,7 +400,7 @@ impl Agent {
                 self.give_up_older();
                 self.older = Some((Arc::clone(process), Arc::clone(wire)));
                 self.home = self.rng.usize(0..self.world.places());
-                self.excuse("it hopped");
+                self.excuse_longer("it hopped", SOON);
                 return Some(Duration::ZERO);
             }
             Ending::Freeze => {
@@ -430,8 +446,11 @@ impl Agent {
         let asks = offer.flags & ServerToAgentFlags::ReportFullState as u64 != 0;
         let now = self.world.truth.now();
         if asks {
-            let excuse = self.world.truth.own(self.uid, |own| own.excuse.filter(|_| !own.cloned));
-            let cloned = self.world.truth.own(self.uid, |own| own.cloned);
+            let (excuse, cloned) = self.world.truth.own(self.uid, |own| {
+                let late = own.excused_until.filter(|until| now <= *until).map(|_| "something was on its way");
+                let asked = std::mem::replace(&mut own.asked, true).then_some("it was asked before");
+                (own.excuse.or(late).or(asked), own.cloned)
+            });
             self.say(format_args!("is asked for full state ({})", excuse.unwrap_or("without need")));
             if excuse.is_none() && !cloned {
                 let text = format!("{} is asked for full state, and nothing was lost", self.name);
@@ -445,6 +464,8 @@ impl Agent {
             self.world.truth.own(self.uid, |own| {
                 own.answered = sent.marks;
                 own.excuse = None;
+                // Who was asked and told something else is asked again on the next link.
+                own.asked &= !sent.full;
                 own.acknowledged = Some(now);
             });
         }
@@ -476,6 +497,7 @@ impl Agent {
         let world = Arc::clone(&self.world);
         let mut again: Option<(Vec<u8>, Sent)> = None;
         let mut say = if self.full_first || self.number <= 1 { Say::Full } else { Say::Nothing };
+        let mut answered_at: Option<Instant> = None;
         loop {
             let calm = self.world.is_calm();
             if calm && self.stays {
@@ -483,7 +505,9 @@ impl Agent {
             }
             let leaves = Instant::now() >= until || calm && !self.stays;
             if leaves {
-                if self.rng.bool() {
+                // A farewell of somebody who is not connected is not looked at.
+                let connected = answered_at.is_some_and(|at| at.elapsed() < world.config.heartbeat.timeout);
+                if !connected || self.rng.bool() {
                     self.say(format_args!("stops polling"));
                     self.excuse("it stopped polling");
                     break;
@@ -496,6 +520,7 @@ impl Agent {
             match self.post(bytes.clone(), say).await {
                 Some(Polled::Offer(offer)) => {
                     let asked = self.on_offer(&offer, sent);
+                    answered_at = Some(Instant::now());
                     if leaves {
                         break;
                     }
@@ -516,7 +541,7 @@ impl Agent {
                 }
                 None => {
                     self.say(format_args!("has no answer to its poll"));
-                    self.excuse("a poll was not answered");
+                    self.excuse_longer("a poll was not answered", Duration::from_mins(10));
                     again = Some((bytes, sent));
                     pause = self.between(500, 30_000);
                 }

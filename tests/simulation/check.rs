@@ -39,7 +39,7 @@ pub(crate) fn records(truth: &Truth, records: &Records, uid: InstanceUid) {
         let now = truth.now();
         let inner = truth.lock();
         let own = inner.agents.get(&uid);
-        if let Some(own) = own.filter(|own| !own.cloned) {
+        if let Some(own) = own.filter(|own| !own.cloned && !own.said.is_empty()) {
             number(agent, own, &mut found);
             let last = agent.rows.iter().rev().filter_map(|id| records.row(*id)).take(2);
             for row in last {
@@ -112,13 +112,13 @@ fn log(agent: &Agent, found: &mut Vec<Found>) {
     }
 }
 
-/// The stored number stands for the stored state.
+/// The stored number does not pass the stored state: everything said until then is stored.
 fn number(agent: &Agent, own: &Own, found: &mut Vec<Found>) {
     let Some(number) = agent.seen.and_then(|seen| seen.number) else { return };
     let mut said = own.said.iter().rev().filter_map(|run| run.get(&number)).peekable();
     if said.peek().is_none() {
         found.push((Rule::Number, format!("the stored number {number} was never sent")));
-    } else if !said.any(|marks| *marks == agent.marks) {
+    } else if !said.any(|marks| marks.iter().zip(&agent.marks).all(|(said, stored)| said <= stored)) {
         let own = own.said.iter().rev().find_map(|run| run.get(&number));
         found.push((
             Rule::Number,
@@ -132,7 +132,7 @@ fn ended(truth: &Inner, own: &Own, row: &Row, end: &RowEnd, expected: Expected, 
     let Some(contact) = truth.contacts.get(&row.id) else { return };
     let what = || {
         format!(
-            "row {} ({}) ended {} as {} at {} by {:?}; heard {}, arrived {}, shown {:?}",
+            "row {} ({}) ended {} as {} at {} by {}; heard {}, arrived {}, shown {:?}",
             row.id,
             row.transport.label(),
             match end.ended_by {
@@ -143,7 +143,7 @@ fn ended(truth: &Inner, own: &Own, row: &Row, end: &RowEnd, expected: Expected, 
             },
             end.reason,
             end.at,
-            end.by,
+            end.by.map_or_else(|| "itself".to_owned(), |by| by.to_string()),
             contact.heard,
             contact.arrived,
             contact.shown
@@ -272,7 +272,9 @@ pub(crate) fn answered(process: &Process, uid: InstanceUid, id: i64, heard: Mome
         process.truth.contradict(Rule::Durable, || format!("an offer, and no row {id}"));
         return;
     }
-    let Some(agent) = records.agents.get(&uid) else { return };
+    let Some(agent) = records.agents.get(&uid).filter(|_| !process.truth.own(uid, |own| own.cloned)) else {
+        return;
+    };
     let covers = |row: &&Row| {
         let lost = row.end.is_some_and(|end| end.reason == CloseReason::ServerLost && row.id == id);
         row.connected_at <= heard.after(NEAR)
@@ -328,7 +330,7 @@ pub(crate) fn converged(truth: &Truth, records: &Records, processes: &[std::sync
         }
     }
     let agents: Vec<_> = truth.lock().agents.iter().map(|(uid, own)| (*uid, own.clone())).collect();
-    for (uid, own) in agents.into_iter().filter(|(_, own)| !own.cloned) {
+    for (uid, own) in agents.into_iter().filter(|(_, own)| !own.cloned && !own.said.is_empty()) {
         settled(truth, records, uid, &own);
     }
 }

@@ -74,6 +74,10 @@ pub(crate) struct Own {
     pub(crate) farewells: Vec<Moment>,
     /// Something happened after which a server may ask for full state.
     pub(crate) excuse: Option<&'static str>,
+    /// It was asked for full state and has not told it yet.
+    pub(crate) asked: bool,
+    /// Until then too: something of it may still be on its way.
+    pub(crate) excused_until: Option<Moment>,
     /// Another agent may use the same uid: little can be said of it.
     pub(crate) cloned: bool,
     /// It stays connected until the end.
