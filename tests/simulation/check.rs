@@ -132,9 +132,10 @@ fn ended(truth: &Inner, own: &Own, row: &Row, end: &RowEnd, expected: Expected, 
     let Some(contact) = truth.contacts.get(&row.id) else { return };
     let what = || {
         format!(
-            "row {} ({}) ended {} as {} at {} by {}; heard {}, arrived {}, shown {:?}",
+            "row {} ({}) from {} ended {} as {} at {} by {}; heard {}, arrived {}, shown {:?}",
             row.id,
             row.transport.label(),
+            row.connected_at,
             match end.ended_by {
                 EndedBy::Holder => "by its holder",
                 EndedBy::NewcomerThere => "by a newcomer there",
@@ -252,9 +253,8 @@ fn verdict(truth: &Inner, records: &Records, agent: &Agent, expected: Expected, 
     {
         found.push((Rule::Return, format!("offline at {at}, {return_time:?} after {end:?} have not passed")));
     }
-    if let Some(admitting) = truth.admitting
-        && at.after(NEAR) < admitting.after(return_time)
-    {
+    let admitting = truth.admitting(*at);
+    if at.after(NEAR) < admitting.after(return_time) {
         found.push((
             Rule::Return,
             format!("offline at {at} ({}), agents are admitted since {admitting} only", change.reason),

@@ -81,9 +81,19 @@ pub(crate) struct Start {
 impl Process {
     /// Starts a process, or says why it did not.
     pub(crate) async fn start(start: Start) -> Result<Arc<Self>, String> {
-        let Start { number, place, config, database, truth, tasks } = start;
         let alive = Arc::new(AtomicBool::new(true));
-        let store = Arc::new(Handle::new(Arc::clone(&database), place, number, Arc::clone(&alive)));
+        let (database, number) = (Arc::clone(&start.database), start.number);
+        let started = Self::try_start(start, &alive).await;
+        if started.is_err() {
+            alive.store(false, Ordering::Relaxed);
+            database.release(number);
+        }
+        started
+    }
+
+    async fn try_start(start: Start, alive: &Arc<AtomicBool>) -> Result<Arc<Self>, String> {
+        let Start { number, place, config, database, truth, tasks } = start;
+        let store = Arc::new(Handle::new(Arc::clone(&database), place, number, Arc::clone(alive)));
         let name = format!("node-{place}");
         let (node_id, gate) = (Uuid::now_v7(), Gate::new());
         truth.name_process(node_id, format!("{name}.{number}"));
@@ -106,7 +116,7 @@ impl Process {
             budget: Budget::new(config.agents.max_inflight),
             truth,
             store,
-            alive,
+            alive: Arc::clone(alive),
             tasks,
             judging: CancellationToken::new(),
             flushing: CancellationToken::new(),

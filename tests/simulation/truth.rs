@@ -112,11 +112,10 @@ pub(crate) struct Inner {
     pub(crate) agents: BTreeMap<InstanceUid, Own>,
     names: HashMap<InstanceUid, String>,
     processes: HashMap<Uuid, String>,
-    pub(crate) dead: HashMap<Uuid, Moment>,
-    /// Since when somebody admits agents; none while nobody does.
-    pub(crate) admitting: Option<Moment>,
-    /// When a process was last blind, with how it noticed unknown: the end of it.
-    pub(crate) blind_until: Option<Moment>,
+    /// When agents were admitted again.
+    admitting: Vec<Moment>,
+    /// Since when nobody does, and how much of that no server notices.
+    refusing: Option<(Moment, Duration)>,
     /// Times of trouble with the store, and of stopped processes.
     pub(crate) troubles: Vec<(Moment, Moment)>,
     timeline: Vec<(Moment, String)>,
@@ -287,6 +286,28 @@ impl Truth {
 }
 
 impl Inner {
+    /// Since when agents were admitted at that moment.
+    pub(crate) fn admitting(&self, at: Moment) -> Moment {
+        self.admitting.iter().rev().copied().find(|since| *since <= at).unwrap_or_default()
+    }
+
+    /// Notes that agents are admitted, or not for a reason that a server notices after a while.
+    pub(crate) fn admits(&mut self, now: Moment, unnoticed: Option<Duration>) {
+        match (unnoticed, self.refusing) {
+            (None, Some((since, unnoticed))) => {
+                if now.since(since) >= unnoticed {
+                    self.admitting.push(now);
+                }
+                self.refusing = None;
+            }
+            (Some(unnoticed), refusing) => {
+                let (since, before) = refusing.unwrap_or((now, unnoticed));
+                self.refusing = Some((since, unnoticed.min(before)));
+            }
+            (None, None) => {}
+        }
+    }
+
     pub(crate) fn who(&self, uid: InstanceUid) -> String {
         self.names.get(&uid).cloned().unwrap_or_else(|| uid.to_string())
     }

@@ -172,16 +172,28 @@ impl World {
         Duration::from_millis((low + (high - low) * rng.f64()).exp() as u64)
     }
 
-    /// Notes since when somebody admits agents.
+    /// Notes since when somebody admits agents, where that was interrupted for so long that a server knows.
     fn note_admission(&self) {
-        let admits = (0..self.places()).any(|place| {
-            self.process(place).is_some_and(|process| {
-                process.gate.state() == State::Running && !process.closed.load(Ordering::Relaxed)
-            }) && self.database.fault(place).is_none()
-        });
+        let process = |place| self.process(place).filter(|process| !process.closed.load(Ordering::Relaxed));
+        let runs = |place: &usize| {
+            process(*place).is_some_and(|process| process.gate.state() == State::Running)
+        };
+        let away = |place: usize| {
+            matches!(self.database.fault(place), Some(Fault::Away | Fault::Hanging))
+        };
+        let places = 0..self.places();
+        let unnoticed = if places.clone().all(|place| process(place).is_none()) {
+            Some(Duration::ZERO)
+        } else if !places.clone().any(|place| runs(&place)) {
+            Some(Duration::from_millis(1_500))
+        } else if places.clone().filter(runs).all(away) {
+            Some(self.config.node.lease / 3 + Duration::from_secs(11))
+        } else {
+            None
+        };
         let now = self.truth.now();
         let mut inner = self.truth.lock();
-        inner.admitting = if admits { inner.admitting.or(Some(now)) } else { None };
+        inner.admits(now, unnoticed);
     }
 
     /// Every agent may be asked for its state: something was lost.
@@ -211,7 +223,6 @@ impl World {
                 }
                 Err(error) => {
                     self.truth.say(format_args!("node-{place}.{number} does not start: {error}"));
-                    self.database.release(number);
                     sleep(Duration::from_secs(2)).await;
                 }
             }

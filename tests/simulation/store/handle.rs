@@ -1,7 +1,7 @@
 //! One process's way to the database: the store's traits, call by call.
 
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -223,7 +223,10 @@ impl NodeStore for Handle {
 
     async fn lock_node_name(&self, name: &str) -> Result<bool, StoreError> {
         let (database, name, process) = (Arc::clone(&self.database), name.to_owned(), self.process);
-        self.call(writes("lock", 0), move |_| database.lock_name(&name, process)).await
+        let alive = Arc::clone(&self.alive);
+        // A lock ends with the session that took it.
+        let lock = move |_: &mut _| alive.load(Ordering::Relaxed) && database.lock_name(&name, process);
+        self.call(writes("lock", 0), lock).await
     }
 
     async fn start_node(&self, node: &NewNode) -> Result<NodeStart, StoreError> {
