@@ -98,6 +98,8 @@ pub(crate) struct Agent {
     heartbeats: bool,
     stays: bool,
     home: usize,
+    /// The process that answered its last poll.
+    polled: Option<u64>,
     /// The link before the last, which it has not given up yet.
     older: Option<(Arc<Process>, Arc<Wire>)>,
 }
@@ -119,6 +121,7 @@ impl Agent {
             heartbeats: rng.u8(0..4) > 0,
             stays,
             home: rng.usize(0..world.places()),
+            polled: None,
             older: None,
             rng,
         };
@@ -364,7 +367,7 @@ impl Agent {
             }
         };
         if !unanswered.is_empty() {
-            self.excuse("a report was not answered");
+            self.excuse_longer("a report was not answered", SOON);
         }
         pause
     }
@@ -589,6 +592,11 @@ impl Agent {
             });
             poll(poller, bytes, Self::peer(number), answer).await;
         });
+        let before = self.polled.replace(process.number);
+        if say == Say::Farewell && before != self.polled {
+            // Who is not connected there is not looked at.
+            self.excuse_longer("it said farewell to another process", Duration::from_mins(10));
+        }
         let patience = if self.rng.u8(0..50) == 0 { takes } else { PATIENCE };
         timeout(patience, answered).await.ok()?.ok()
     }

@@ -157,7 +157,7 @@ fn ended(truth: &Inner, own: &Own, row: &Row, end: &RowEnd, expected: Expected, 
             if end.at > heard.after(NEAR) && end.at > row.connected_at {
                 found.push((Rule::Claim, format!("connected beyond the last proof: {}", what())));
             }
-            let settled = contact.heard <= by;
+            let settled = contact.heard.after(NEAR) < by;
             let least = match end.ended_by {
                 EndedBy::Holder | EndedBy::NewcomerThere => contact.heard.before(NEAR),
                 EndedBy::NewcomerElsewhere | EndedBy::Finder => {
@@ -277,7 +277,7 @@ pub(crate) fn answered(process: &Process, uid: InstanceUid, id: i64, heard: Mome
     };
     let covers = |row: &&Row| {
         let lost = row.end.is_some_and(|end| end.reason == CloseReason::ServerLost && row.id == id);
-        row.connected_at <= heard.after(NEAR)
+        row.created_at <= heard.after(NEAR)
             && (lost || row.end.is_none_or(|end| end.known().after(NEAR) >= heard))
     };
     if !agent.rows.iter().rev().filter_map(|id| records.row(*id)).any(|row| covers(&row)) {

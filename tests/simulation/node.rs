@@ -54,6 +54,7 @@ pub(crate) struct Process {
     pub(crate) closed: AtomicBool,
     links: Mutex<BTreeMap<u64, Arc<Link>>>,
     open_links: TaskTracker,
+    owners: TaskTracker,
     next_link: AtomicU64,
     drain: Duration,
     name: String,
@@ -125,6 +126,7 @@ impl Process {
             closed: AtomicBool::new(false),
             links: Mutex::default(),
             open_links: TaskTracker::new(),
+            owners: TaskTracker::new(),
             next_link: AtomicU64::new(0),
             drain: config.shutdown.drain,
             name,
@@ -190,6 +192,7 @@ impl Process {
     /// A task without which the server does not go on.
     fn own(&self, name: &'static str, task: impl Future<Output = ()> + Send + 'static) {
         let (truth, judging) = (Arc::clone(&self.truth), self.judging.clone());
+        let task = self.owners.track_future(task);
         self.spawn(async move {
             task.await;
             if !judging.is_cancelled() {
@@ -260,6 +263,8 @@ impl Process {
         let ending = tokio::time::timeout_at(deadline + GRACE / 4, self.store.end_node(self.node_id, now));
         let _ended = ending.await;
         self.writing.cancel();
+        self.owners.close();
+        let _nothing_left = tokio::time::timeout_at(deadline + GRACE / 4, self.owners.wait()).await;
         unrecorded
     }
 
