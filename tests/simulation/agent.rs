@@ -328,6 +328,12 @@ impl Agent {
                             self.send(process, wire, Say::Full, &mut unanswered);
                         }
                     }
+                    Down::Question(offer) => {
+                        let sent = Sent { marks: self.marks, full: false };
+                        if self.on_offer(&offer, sent) {
+                            self.send(process, wire, Say::Full, &mut unanswered);
+                        }
+                    }
                     Down::Close(reason) => {
                         self.say(format_args!("link {} is closed: {reason}", wire.number));
                         wire.send(process, Up::Close);
@@ -450,7 +456,8 @@ impl Agent {
         let now = self.world.truth.now();
         if asks {
             let (excuse, cloned) = self.world.truth.own(self.uid, |own| {
-                let late = own.excused_until.filter(|until| now <= *until).map(|_| "something was on its way");
+                let late =
+                    own.excused_until.filter(|until| now <= *until).map(|_| "something was on its way");
                 let asked = std::mem::replace(&mut own.asked, true).then_some("it was asked before");
                 (own.excuse.or(late).or(asked), own.cloned)
             });

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use opamp_server::agent::offer::Refusal;
+use opamp_server::agent::offer::{Answer, Refusal, compose};
 use opamp_server::agent::report::digest_of_bytes;
 use opamp_server::agent::{InstanceUid, Sender};
 use opamp_server::clock::Tick;
@@ -30,6 +30,9 @@ use crate::truth::Shown;
 /// How long a link may carry no agent.
 const LONELY: Duration = Duration::from_secs(10);
 
+/// How long the writes that wait may take before newcomers have to come later.
+const LONGEST_QUEUE: Duration = Duration::from_secs(2);
+
 /// What an agent sends on a link.
 #[derive(Debug)]
 pub(crate) enum Up {
@@ -44,6 +47,8 @@ pub(crate) enum Up {
 #[derive(Debug)]
 pub(crate) enum Down {
     Offer(Box<ServerToAgent>),
+    /// An offer that answers no report.
+    Question(Box<ServerToAgent>),
     Ping,
     Close(CloseReason),
     /// The transport ended.
@@ -88,8 +93,13 @@ impl Wire {
 }
 
 /// An agent's wish for a WebSocket, as the server meets it.
-pub(crate) fn admit_link(process: &Arc<Process>) -> bool {
-    !process.closed.load(Ordering::Relaxed) && !process.services.outage.is_away()
+pub(crate) fn admit_link(process: &Process) -> bool {
+    !process.closed.load(Ordering::Relaxed) && admits_newcomer(process)
+}
+
+fn admits_newcomer(process: &Process) -> bool {
+    let services = &process.services;
+    !services.outage.is_away() && services.history.delay() <= LONGEST_QUEUE
 }
 
 /// Why a link ends.
@@ -120,6 +130,8 @@ pub(crate) struct LinkTask {
     origin: Origin,
     sessions: Vec<(InstanceUid, Option<Session>)>,
     lonely_since: Option<Tick>,
+    /// True where a session is to be asked something before it reports by itself.
+    curious: bool,
     _hangup: Hangup,
 }
 
@@ -134,6 +146,7 @@ impl LinkTask {
             origin: Origin { transport: Transport::Websocket, remote_addr, link: Arc::clone(&link) },
             sessions: Vec::with_capacity(1),
             lonely_since: Some(tick),
+            curious: false,
             _hangup: Hangup(Arc::clone(wire), Arc::clone(process)),
         };
         process.open_link(&link, Box::pin(task.run()));
@@ -154,6 +167,7 @@ impl LinkTask {
                 (_, frame) = wire.up.next() => self.on_frame(frame).await,
                 () = &mut timer => match self.on_timer(timer.as_mut()) {
                     Ok(true) => {
+                        self.curious = true;
                         wire.answer(Down::Ping);
                         Ok(())
                     }
@@ -163,6 +177,23 @@ impl LinkTask {
             };
             if let Err(end) = step {
                 return end;
+            }
+            if self.curious {
+                self.ask();
+            }
+        }
+    }
+
+    /// Asks those for their full state who are to be asked.
+    fn ask(&mut self) {
+        self.curious = false;
+        for (agent, session) in &mut self.sessions {
+            let question = match session {
+                None => Some(compose(agent.as_bytes(), Answer { ask_full_state: true, new_uid: None })),
+                Some(session) => session.overdue_question(),
+            };
+            if let Some(question) = question {
+                self.wire.answer(Down::Question(Box::new(question)));
             }
         }
     }
@@ -199,11 +230,7 @@ impl LinkTask {
             }
         };
         self.wire.answer(Down::Offer(Box::new(offer)));
-        if !self.sessions.is_empty() {
-            self.lonely_since = None;
-        } else if self.lonely_since.is_none() {
-            self.lonely_since = Some(self.process.services.clock.tick());
-        }
+        self.note_company();
         self.look_around()
     }
 
@@ -250,15 +277,34 @@ impl LinkTask {
         exchange
     }
 
-    /// Lets go of sessions that were ended elsewhere; a link that lost its last one that way ends.
+    fn note_company(&mut self) {
+        if self.sessions.iter().any(|(_, session)| session.is_some()) {
+            self.lonely_since = None;
+        } else if self.lonely_since.is_none() {
+            self.lonely_since = Some(self.process.services.clock.tick());
+        }
+    }
+
+    /// Lets go of sessions that were ended elsewhere; a link that lost its last one that way ends. Who
+    /// only lost its row keeps its place and is asked to report.
     fn look_around(&mut self) -> Result<(), End> {
-        let mut reason = None;
-        self.sessions.retain(|(_, session)| {
+        let (mut reason, mut adrift) = (None, false);
+        self.sessions.retain_mut(|(_, session)| {
             let connection = session.as_ref().map(Session::connection);
             let recorded = connection.filter(|connection| connection.is_recorded());
-            reason = reason.or(recorded.and_then(|connection| connection.ended()));
-            recorded.is_none()
+            let ended = recorded.and_then(|connection| connection.ended());
+            if ended == Some(CloseReason::ServerLost) {
+                *session = None;
+                adrift = true;
+                return true;
+            }
+            reason = reason.or(ended);
+            ended.is_none()
         });
+        if adrift {
+            self.curious = true;
+            self.note_company();
+        }
         match reason {
             Some(reason) if self.sessions.is_empty() => Err(End::Close(reason)),
             _ if self.sessions.is_empty() && self.origin.link.is_dismissed() => {
@@ -363,7 +409,7 @@ async fn exchanged(process: &Arc<Process>, mut inbound: Inbound, peer: SocketAdd
         Ok(Sender::Anonymous) => return introduce(services, &inbound.report),
         Err(exchanged) => return *exchanged,
     };
-    if services.hub.get(agent).is_none() && services.outage.is_away() {
+    if services.hub.get(agent).is_none() && !admits_newcomer(process) {
         let uid = inbound.report.instance_uid.clone();
         return reject(services, &uid, Refusal::Unavailable { retry_after_seconds: 30 });
     }

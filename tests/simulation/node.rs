@@ -13,9 +13,11 @@ use opamp_server::burden::Budget;
 use opamp_server::close::CloseReason;
 use opamp_server::config::Config;
 use opamp_server::history::{Noticed, OpenConnection};
+use opamp_server::lease::Lease;
 use opamp_server::orders::Orders;
 use opamp_server::pulse::Link;
-use opamp_server::server::{Node, assemble, hold_lease, restore};
+use opamp_server::safety::Safety;
+use opamp_server::server::{assemble, restore};
 use opamp_server::session::{Services, flush};
 use opamp_server::store::{NodeStore as _, Transport};
 use opamp_server::sweep::{Sweep, Verdicts};
@@ -139,10 +141,17 @@ impl Process {
             return Err(error.to_string());
         }
         process.own_timers(&config);
-        let node = Node { id: node_id, name: process.name.clone(), lease: config.node.lease };
-        let lease =
-            hold_lease(Arc::clone(&process.services), node, process.ended.clone(), process.writing.clone());
-        process.own("lease", lease);
+        let lease = Lease {
+            store: Arc::clone(&process.services.store),
+            history: process.services.history.clone(),
+            metrics: Arc::clone(&process.services.metrics),
+            outage: Arc::clone(&process.services.outage),
+            node_id,
+            name: process.name.clone(),
+            length: config.node.lease,
+            ended: process.ended.clone(),
+        };
+        process.own("lease", lease.run(process.writing.clone()));
         let orders = Orders {
             store: Arc::clone(&process.services.store),
             history: process.services.history.clone(),
@@ -158,7 +167,7 @@ impl Process {
 
     fn own_timers(self: &Arc<Self>, config: &Config) {
         let services = &self.services;
-        self.own("sight", Arc::clone(&services.sight).run(self.judging.clone()));
+        self.own("sight", Arc::clone(&services.sight).run(self.writing.clone()));
         let verdicts = Verdicts {
             store: Arc::clone(&services.store),
             history: services.history.clone(),
@@ -168,6 +177,13 @@ impl Process {
             check_interval: config.heartbeat.check_interval,
         };
         self.own("verdicts", verdicts.run(self.judging.clone()));
+        let safety = Safety {
+            services: Arc::clone(services),
+            node_id: self.node_id,
+            check_interval: config.heartbeat.check_interval,
+            flush_interval: config.store.flush_interval,
+        };
+        self.own("safety net", safety.run(self.judging.clone()));
         let sweep = Sweep {
             store: Arc::clone(&services.store),
             clock: services.clock.clone(),

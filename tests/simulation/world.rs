@@ -175,12 +175,9 @@ impl World {
     /// Notes since when somebody admits agents, where that was interrupted for so long that a server knows.
     fn note_admission(&self) {
         let process = |place| self.process(place).filter(|process| !process.closed.load(Ordering::Relaxed));
-        let runs = |place: &usize| {
-            process(*place).is_some_and(|process| process.gate.state() == State::Running)
-        };
-        let away = |place: usize| {
-            matches!(self.database.fault(place), Some(Fault::Away | Fault::Hanging))
-        };
+        let runs =
+            |place: &usize| process(*place).is_some_and(|process| process.gate.state() == State::Running);
+        let away = |place: usize| matches!(self.database.fault(place), Some(Fault::Away | Fault::Hanging));
         let places = 0..self.places();
         let unnoticed = if places.clone().all(|place| process(place).is_none()) {
             Some(Duration::ZERO)

@@ -10,9 +10,9 @@ use opamp_server::clock::Moment;
 use opamp_server::config::Ephemeral;
 use opamp_server::store::{
     AgentDetail, AgentFilter, AgentRow, AgentStore, AgentSummary, CloseOrder, ConnectionRow, ConnectionStore,
-    Deleted, Deletion, Forgotten, HistoryFilter, NewNode, NodeStart, NodeStore, OrderStore, Page,
-    PageRequest, PolledConnection, Reconnect, RetentionStore, Sighting, StatusChange, Store, StoreError,
-    Transition, Write, Written,
+    Deleted, Deletion, Forgotten, Heir, Held, HistoryFilter, NewNode, NodeStart, NodeStore, OrderStore, Page,
+    PageRequest, Peer, PolledConnection, Reconnect, RetentionStore, Sighting, StatusChange, Store,
+    StoreError, Transition, Write, Written,
 };
 use uuid::Uuid;
 
@@ -46,11 +46,17 @@ impl Handle {
 }
 
 fn reads(name: &'static str) -> Call {
-    Call { name, key: 0, writes: false }
+    Call { name, key: 0, writes: false, locks: false }
 }
 
+/// One statement that changes what is on record.
 fn writes(name: &'static str, key: u64) -> Call {
-    Call { name, key, writes: true }
+    Call { name, key, writes: true, locks: false }
+}
+
+/// A transaction of several statements: whoever else wants one waits until it is over.
+fn transacts(name: &'static str, key: u64) -> Call {
+    Call { name, key, writes: true, locks: true }
 }
 
 fn shown(row: &Row) -> ConnectionRow {
@@ -116,7 +122,7 @@ impl AgentStore for Handle {
     }
 
     async fn update_overdue_status(&self, now: Moment) -> Result<Vec<StatusChange>, StoreError> {
-        self.call(writes("verdicts", 0), move |records| records.overdue(now)).await
+        self.call(transacts("verdicts", 0), move |records| records.overdue(now)).await
     }
 
     async fn next_overdue(&self) -> Result<Option<Moment>, StoreError> {
@@ -129,7 +135,7 @@ impl AgentStore for Handle {
         stale_after: Duration,
         _ephemeral: Ephemeral,
     ) -> Result<Vec<StatusChange>, StoreError> {
-        self.call(writes("sweep", 0), move |records| records.retire(now, stale_after)).await
+        self.call(transacts("sweep", 0), move |records| records.retire(now, stale_after)).await
     }
 
     async fn assign_uid(
@@ -138,15 +144,19 @@ impl AgentStore for Handle {
         candidate: InstanceUid,
         at: Moment,
     ) -> Result<InstanceUid, StoreError> {
-        self.call(writes("assign", 0), move |records| records.assign(temporary, candidate, at)).await
+        self.call(transacts("assign", 0), move |records| records.assign(temporary, candidate, at)).await
     }
 }
 
 #[async_trait]
 impl ConnectionStore for Handle {
     async fn write(&self, batch: &[Write]) -> Result<Vec<Written>, StoreError> {
-        let batch = batch.to_vec();
-        self.call(writes("write", batch.len() as u64), move |records| records.write(&batch)).await
+        let (batch, single) = (batch.to_vec(), self.database.single);
+        let lost = || StoreError::Unavailable("another node took this one for lost".to_owned());
+        let written = self.call(transacts("write", batch.len() as u64), move |records| {
+            (single || records.may_open(&batch)).then(|| records.write(&batch))
+        });
+        written.await?.ok_or_else(lost)
     }
 
     async fn get_active_connection(&self, agent: InstanceUid) -> Result<Option<ConnectionRow>, StoreError> {
@@ -231,15 +241,33 @@ impl NodeStore for Handle {
 
     async fn start_node(&self, node: &NewNode) -> Result<NodeStart, StoreError> {
         let (node, single) = (node.clone(), self.database.single);
-        self.call(writes("start", 0), move |records| records.start(&node, single)).await
+        self.call(transacts("start", 0), move |records| records.start(&node, single)).await
     }
 
     async fn postpone_verdicts(&self, now: Moment, return_time: Duration) -> Result<(), StoreError> {
-        self.call(writes("postpone", 0), move |records| records.postpone(now, return_time)).await
+        self.call(transacts("postpone", 0), move |records| records.postpone(now, return_time)).await
     }
 
     async fn renew_node(&self, node: Uuid, at: Moment) -> Result<bool, StoreError> {
         self.call(writes("renew", 0), move |records| records.renew(node, at)).await
+    }
+
+    async fn list_peers(&self, node: Uuid) -> Result<Vec<Peer>, StoreError> {
+        self.call(reads("peers"), move |records| records.peers(node)).await
+    }
+
+    async fn end_lost_node(&self, lost: &Peer, heir: &Heir) -> Result<Option<u64>, StoreError> {
+        let (lost, heir) = (lost.clone(), *heir);
+        self.call(transacts("end lost", 0), move |records| records.end_lost(&lost, &heir)).await
+    }
+
+    async fn end_strays(&self, heir: &Heir) -> Result<u64, StoreError> {
+        let heir = *heir;
+        self.call(transacts("end strays", 0), move |records| records.inherit(&heir, false)).await
+    }
+
+    async fn list_held_connections(&self, node: Uuid) -> Result<Vec<Held>, StoreError> {
+        self.call(reads("held connections"), move |records| records.held(node)).await
     }
 
     async fn end_node(&self, node: Uuid, at: Moment) -> Result<(), StoreError> {
@@ -247,7 +275,7 @@ impl NodeStore for Handle {
     }
 
     async fn has_living_peer(&self, node: Uuid) -> Result<bool, StoreError> {
-        self.call(reads("peer"), move |records| records.has_peer(node)).await
+        self.call(reads("peer"), move |records| !records.peers(node).is_empty()).await
     }
 }
 

@@ -83,6 +83,8 @@ pub(crate) struct Database {
     truth: Arc<Truth>,
     records: Mutex<Records>,
     windows: Mutex<Vec<Window>>,
+    /// Until when a transaction holds its locks whose commit comes late.
+    locked: Mutex<Moment>,
     /// Which node names are held, and by whom.
     names: Mutex<Vec<(String, u64)>>,
     work: TaskTracker,
@@ -96,6 +98,7 @@ impl Database {
             truth,
             records: Mutex::default(),
             windows: Mutex::default(),
+            locked: Mutex::default(),
             names: Mutex::default(),
             work,
         })
@@ -107,6 +110,21 @@ impl Database {
 
     fn windows(&self) -> MutexGuard<'_, Vec<Window>> {
         self.windows.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn locked(&self) -> MutexGuard<'_, Moment> {
+        self.locked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until nobody holds the locks.
+    async fn unlocked(&self) {
+        loop {
+            let left = self.locked().since(self.truth.now());
+            if left.is_zero() {
+                return;
+            }
+            tokio::time::sleep(left).await;
+        }
     }
 
     fn names(&self) -> MutexGuard<'_, Vec<(String, u64)>> {
@@ -175,6 +193,8 @@ struct Call {
     key: u64,
     /// True where it changes what is on record.
     writes: bool,
+    /// True where it does so under locks: a late commit of it keeps others waiting.
+    locks: bool,
 }
 
 impl Handle {
@@ -224,10 +244,21 @@ async fn transaction<T: Send + 'static>(
     work: impl FnOnce(&mut Records) -> T + Send + 'static,
     answer: oneshot::Sender<Result<T, StoreError>>,
 ) {
+    if call.locks {
+        database.unlocked().await;
+        if answer.is_closed() {
+            // Whoever gave up waiting never sent the commit.
+            return;
+        }
+        if fate == Fate::Late {
+            *database.locked() = database.truth.now().after(takes);
+        }
+    }
     // Where time is told, the way back is none, so that no clock is off.
     let tells_time = call.name == "time";
+    let whole = tells_time || fate == Fate::Late;
     if !takes.is_zero() {
-        tokio::time::sleep(if tells_time { takes } else { takes / 2 }).await;
+        tokio::time::sleep(if whole { takes } else { takes / 2 }).await;
     }
     if fate != Fate::Done {
         database.truth.say(format_args!("store: {} of process {process} is {fate:?}", call.name));
@@ -263,7 +294,7 @@ async fn transaction<T: Send + 'static>(
     if call.writes {
         database.truth.stir(seen as u64 ^ process << 8);
     }
-    if !takes.is_zero() && !tells_time {
+    if !takes.is_zero() && !whole {
         tokio::time::sleep(takes / 2).await;
     }
     match fate {

@@ -8,8 +8,8 @@ use opamp_server::agent::{Capabilities, InstanceUid};
 use opamp_server::clock::Moment;
 use opamp_server::close::{Cause, CloseReason};
 use opamp_server::store::{
-    AgentUpdate, ConnectionEnd, Displaced, Ended, NewConnection, NewNode, NodeStart, Opened, Rival, Sighting,
-    Status, StatusChange, Transport, Write, Written,
+    AgentUpdate, ConnectionEnd, Displaced, Ended, Heir, Held, NewConnection, NewNode, NodeStart, Opened,
+    Peer, Rival, Sighting, Status, StatusChange, Transport, Write, Written,
 };
 use uuid::Uuid;
 
@@ -111,6 +111,7 @@ pub(crate) struct NodeRow {
     pub(crate) id: Uuid,
     name: String,
     pub(crate) renewed_at: Moment,
+    lease: Duration,
     pub(crate) ended_at: Option<Moment>,
     ended_by: Option<Uuid>,
 }
@@ -525,23 +526,13 @@ impl Records {
             id: node.id,
             name: node.name.clone(),
             renewed_at: node.at,
+            lease: node.lease,
             ended_at: None,
             ended_by: None,
         });
-        let lost: Vec<i64> = self
-            .rows
-            .iter()
-            .filter(|row| row.end.is_none())
-            .filter(|row| match row.transport {
-                Transport::Websocket => self.is_gone(row.node),
-                Transport::Http => alone && self.is_silent(row, node),
-            })
-            .map(|row| row.id)
-            .collect();
-        for id in &lost {
-            self.lose(*id, node.at, node.return_time);
-        }
-        self.rename_fled(node.id);
+        let heir =
+            Heir { node: node.id, at: node.at, return_time: node.return_time, first_poll: node.first_poll };
+        let lost_connections = self.inherit(&heir, alone);
         let unwatched = watched_until.filter(|_| alone).map(|until| node.at.since(until));
         if let Some(unwatched) = unwatched {
             self.postpone(node.at, node.return_time);
@@ -549,12 +540,74 @@ impl Records {
                 agent.stale_from = agent.stale_from.map(|from| from.after(unwatched));
             }
         }
-        NodeStart { lost_connections: lost.len() as u64, alone, unwatched }
+        NodeStart { lost_connections, alone, unwatched }
     }
 
-    fn is_silent(&self, row: &Row, node: &NewNode) -> bool {
+    /// Ends what ended nodes left open; `alone` where no other node could have heard a poller.
+    pub(crate) fn inherit(&mut self, heir: &Heir, alone: bool) -> u64 {
+        let lost: Vec<i64> = self
+            .rows
+            .iter()
+            .filter(|row| row.end.is_none())
+            .filter(|row| match row.transport {
+                Transport::Websocket => self.is_gone(row.node),
+                Transport::Http => alone && self.is_silent(row, heir),
+            })
+            .map(|row| row.id)
+            .collect();
+        for id in &lost {
+            self.lose(*id, heir.at, heir.return_time);
+        }
+        self.rename_fled(heir.node);
+        lost.len() as u64
+    }
+
+    /// Ends a node whose lease did not move, unless it did or its heir was ended itself.
+    pub(crate) fn end_lost(&mut self, lost: &Peer, heir: &Heir) -> Option<u64> {
+        let heir_lives = self.nodes.iter().any(|row| row.id == heir.node && row.ended_at.is_none());
+        let row = self.nodes.iter_mut().find(|row| {
+            row.id == lost.id && row.ended_at.is_none() && row.renewed_at == lost.renewed_at && heir_lives
+        })?;
+        (row.ended_at, row.ended_by) = (Some(heir.at), Some(heir.node));
+        Some(self.inherit(heir, false))
+    }
+
+    /// The other nodes that are not marked as ended.
+    pub(crate) fn peers(&self, node: Uuid) -> Vec<Peer> {
+        let living = self.nodes.iter().filter(|row| row.id != node && row.ended_at.is_none());
+        let peer = |row: &NodeRow| Peer {
+            id: row.id,
+            name: row.name.clone(),
+            renewed_at: row.renewed_at,
+            lease: row.lease,
+        };
+        living.map(peer).collect()
+    }
+
+    /// The open connections of a node.
+    pub(crate) fn held(&self, node: Uuid) -> Vec<Held> {
+        let rows = self.rows.iter().filter(|row| row.end.is_none() && row.node == Some(node));
+        let seen = |row: &Row| self.agents.get(&row.agent)?.seen.map(|seen| seen.at);
+        let held = |row: &Row| Held {
+            id: row.id,
+            agent: row.agent,
+            last_seen_at: seen(row).unwrap_or(row.connected_at),
+        };
+        rows.map(held).collect()
+    }
+
+    /// True where the node that opens connections is not marked as ended.
+    pub(crate) fn may_open(&self, batch: &[Write]) -> bool {
+        let opens = batch.iter().find_map(|write| match write {
+            Write::CreateConnection(new) => Some(new.node_id),
+            Write::UpdateAgent(_) | Write::UpdateConnection(_) => None,
+        });
+        opens.is_none_or(|node| self.nodes.iter().any(|row| row.id == node && row.ended_at.is_none()))
+    }
+
+    fn is_silent(&self, row: &Row, heir: &Heir) -> bool {
         let seen = self.agents.get(&row.agent).and_then(|agent| agent.seen);
-        seen.is_some_and(|seen| seen.at.after(seen.silence.unwrap_or(node.first_poll)) < node.at)
+        seen.is_some_and(|seen| seen.at.after(seen.silence.unwrap_or(heir.first_poll)) < heir.at)
     }
 
     /// Ends a row that nobody holds any more.
@@ -619,10 +672,6 @@ impl Records {
         if let Some(row) = self.nodes.iter_mut().find(|row| row.id == node && row.ended_at.is_none()) {
             (row.ended_at, row.renewed_at) = (Some(at), at);
         }
-    }
-
-    pub(crate) fn has_peer(&self, node: Uuid) -> bool {
-        self.nodes.iter().any(|row| row.id != node && row.ended_at.is_none())
     }
 
     pub(crate) fn polled(&self) -> Vec<(&Row, Seen)> {
