@@ -308,6 +308,9 @@ impl Agent {
 
     async fn converse(&mut self, process: &Arc<Process>, wire: &Arc<Wire>) -> Duration {
         let mut unanswered: VecDeque<Sent> = VecDeque::new();
+        // Sooner or later the system gives up a peer that says nothing.
+        let patience = self.between(60_000, 900_000);
+        let mut answered_at = Instant::now();
         let mut ending = *self.rng.choice(&Ending::ALL).unwrap_or(&Ending::Close);
         let mut until = Instant::now() + self.between(1, 1_800_000);
         let mut next_beat = Instant::now() + self.pace;
@@ -323,6 +326,7 @@ impl Agent {
                 (_, down) = wire.down.next() => match down {
                     Down::Ping => drop(wire.send(process, Up::Pong)),
                     Down::Offer(offer) => {
+                        answered_at = Instant::now();
                         let Some(sent) = unanswered.pop_front() else { continue };
                         if self.on_offer(&offer, sent) {
                             self.send(process, wire, Say::Full, &mut unanswered);
@@ -346,12 +350,20 @@ impl Agent {
                 },
                 () = sleep_until(next_beat) => {
                     next_beat = Instant::now() + pace;
+                    if unanswered.len() > 1 && answered_at.elapsed() > patience {
+                        self.say(format_args!("link {}: nobody answers", wire.number));
+                        wire.send(process, Up::Fin);
+                        break self.between(1, 60_000);
+                    }
                     if self.heartbeats || calm || self.rng.u8(0..4) == 0 {
                         self.send(process, wire, Say::Nothing, &mut unanswered);
                     }
                 }
                 () = sleep_until(next_change) => {
                     next_change = Instant::now() + self.between(10, 600_000);
+                    if self.world.is_quiet() {
+                        continue;
+                    }
                     let part = self.rng.usize(0..PARTS);
                     self.send(process, wire, Say::Part(part), &mut unanswered);
                 }
@@ -537,7 +549,7 @@ impl Agent {
                     say = if asked {
                         pause = Duration::from_millis(self.rng.u64(1..500));
                         Say::Full
-                    } else if self.rng.u8(0..5) == 0 {
+                    } else if self.rng.u8(0..5) == 0 && !self.world.is_quiet() {
                         Say::Part(self.rng.usize(0..PARTS))
                     } else {
                         Say::Nothing

@@ -157,23 +157,20 @@ fn ended(truth: &Inner, own: &Own, row: &Row, end: &RowEnd, expected: Expected, 
             if end.at > heard.after(NEAR) && end.at > row.connected_at {
                 found.push((Rule::Claim, format!("connected beyond the last proof: {}", what())));
             }
-            let settled = contact.heard.after(NEAR) < by;
-            let least = match end.ended_by {
-                EndedBy::Holder | EndedBy::NewcomerThere => contact.heard.before(NEAR),
-                EndedBy::NewcomerElsewhere | EndedBy::Finder => {
-                    contact.heard.before(expected.flush + Duration::from_secs(1))
-                }
+            let prompt = match end.ended_by {
+                EndedBy::Holder | EndedBy::NewcomerThere => !polls,
+                EndedBy::NewcomerElsewhere | EndedBy::Finder => false,
             };
-            let excused = match end.ended_by {
-                EndedBy::Holder | EndedBy::NewcomerThere => polls,
-                EndedBy::NewcomerElsewhere | EndedBy::Finder => truth
-                    .troubled(contact.heard.before(expected.flush * 3), contact.heard.after(expected.flush)),
-            };
-            if settled && !excused && end.at < least {
+            // What was not told yet is lost with its process, and unknown elsewhere.
+            let lag = expected.flush + Duration::from_millis(1_500);
+            let died = truth.deaths.get(&contact.process).copied().unwrap_or(by).min(by);
+            let until = if prompt { by.before(NEAR) } else { died.before(lag) };
+            let excused = !prompt && (truth.troubled(until.before(lag), by) || truth.froze(until.before(lag), by));
+            if !excused && end.at.after(NEAR) < truth.proof(contact, until) {
                 found.push((Rule::Proof, format!("ended before the last proof: {}", what())));
             }
         }
-        None => seen(own, contact, end, what, found),
+        None => seen(truth, own, contact, end, what, found),
     }
     cause(own, contact, end, what, found);
     if end.reason == CloseReason::HeartbeatTimeout {
@@ -182,13 +179,25 @@ fn ended(truth: &Inner, own: &Own, row: &Row, end: &RowEnd, expected: Expected, 
 }
 
 /// An end that is said to have been seen.
-fn seen(own: &Own, contact: &Contact, end: &RowEnd, what: impl Fn() -> String, found: &mut Vec<Found>) {
+fn seen(
+    truth: &Inner,
+    own: &Own,
+    contact: &Contact,
+    end: &RowEnd,
+    what: impl Fn() -> String,
+    found: &mut Vec<Found>,
+) {
     let mut shown: Vec<Moment> = contact.shown.iter().map(|(_, at)| *at).collect();
     shown.extend(&own.farewells);
     let prompt = |at: &Moment| end.at.after(NEAR) >= *at && end.at <= at.after(PROMPT);
-    if !shown.iter().any(prompt) {
-        found.push((Rule::Seen, format!("nothing was seen then: {}", what())));
+    if shown.iter().any(prompt) {
+        return;
     }
+    let last = shown.iter().rev().find(|at| **at <= end.at.after(NEAR)).copied();
+    // A link that waits for the store reads late what has come meanwhile.
+    let waited = last.is_some_and(|at| truth.troubled(at, end.at) && !truth.froze(at, end.at));
+    let rule = if waited { Rule::Late } else { Rule::Seen };
+    found.push((rule, format!("nothing was seen then: {}", what())));
 }
 
 /// An end names what really was.

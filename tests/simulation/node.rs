@@ -251,6 +251,7 @@ impl Process {
 
     /// Ends the process without another word.
     pub(crate) fn die(&self, rng: &mut Rng) {
+        self.truth.died(self.node_id);
         self.alive.store(false, Ordering::Relaxed);
         self.gate.kill(rng);
         self.store.release();

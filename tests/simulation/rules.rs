@@ -17,6 +17,8 @@ pub(crate) enum Rule {
     Proof,
     /// An end that is said to have been seen was not, or not then.
     Seen,
+    /// An end was seen late, because its link waited for the store.
+    Late,
     /// The agent was heard, and no row covers that.
     Covered,
     /// An end that names a cause that was not.
@@ -44,7 +46,7 @@ pub(crate) enum Rule {
 }
 
 impl Rule {
-    pub(crate) const ALL: [Self; 19] = [
+    pub(crate) const ALL: [Self; 20] = [
         Self::Shape,
         Self::Order,
         Self::Log,
@@ -52,6 +54,7 @@ impl Rule {
         Self::Claim,
         Self::Proof,
         Self::Seen,
+        Self::Late,
         Self::Covered,
         Self::Cause,
         Self::Silence,

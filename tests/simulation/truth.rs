@@ -2,7 +2,7 @@
 //!
 //! The simulated agents and links tell it what they do and hear; the checker holds what is on record against it.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::fmt;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -18,6 +18,9 @@ use crate::rules::{Rule, Rules};
 
 /// The moment at which every simulation begins, in microseconds since the Unix epoch.
 const EPOCH: i64 = 1_800_000_000_000_000;
+
+/// How many proofs are remembered.
+const PROOFS: usize = 64;
 
 /// How many marks an agent reports: one per part.
 pub(crate) const PARTS: usize = 3;
@@ -53,8 +56,8 @@ pub(crate) struct Contact {
     pub(crate) arrived: Moment,
     /// How the peer showed its end: when that arrived.
     pub(crate) shown: Option<(Shown, Moment)>,
-    /// How long gaps between polls were, the newest last.
-    pub(crate) gaps: Vec<Duration>,
+    /// When it was heard lately, the newest last.
+    pub(crate) proofs: VecDeque<Moment>,
 }
 
 /// What is known of one agent from its own side.
@@ -116,11 +119,27 @@ pub(crate) struct Inner {
     admitting: Vec<Moment>,
     /// Since when nobody does, and how much of that no server notices.
     refusing: Option<(Moment, Duration)>,
-    /// Times of trouble with the store, and of stopped processes.
+    /// Times of trouble with the store.
     pub(crate) troubles: Vec<(Moment, Moment)>,
+    /// Times in which a process was stopped.
+    pub(crate) freezes: Vec<(Moment, Moment)>,
+    /// When processes died.
+    pub(crate) deaths: HashMap<Uuid, Moment>,
     timeline: Vec<(Moment, String)>,
     first: Option<Contradiction>,
     fingerprint: u64,
+}
+
+impl Contact {
+    fn hear(&mut self, at: Moment) {
+        self.heard = self.heard.max(at);
+        if self.proofs.back().is_none_or(|last| *last < at) {
+            self.proofs.push_back(at);
+        }
+        if self.proofs.len() > PROOFS {
+            self.proofs.pop_front();
+        }
+    }
 }
 
 impl Truth {
@@ -237,7 +256,7 @@ impl Truth {
         let Inner { links, contacts, .. } = &mut *inner;
         for id in links.get(&link).map(|link| link.2.as_slice()).unwrap_or_default() {
             if let Some(contact) = contacts.get_mut(id) {
-                contact.heard = now;
+                contact.hear(now);
             }
         }
     }
@@ -264,13 +283,10 @@ impl Truth {
             heard,
             arrived,
             shown,
-            gaps: Vec::new(),
+            proofs: VecDeque::new(),
         });
-        if transport == Transport::Http && heard > contact.heard {
-            contact.gaps.push(heard.since(contact.heard));
-        }
         contact.process = process;
-        contact.heard = contact.heard.max(heard);
+        contact.hear(heard);
         contact.arrived = contact.arrived.max(arrived);
         if let Some(link) = link
             && !link.2.contains(&connection)
@@ -279,9 +295,20 @@ impl Truth {
         }
     }
 
-    /// A time in which the store or a process was in trouble.
+    /// A time in which the store was in trouble.
     pub(crate) fn trouble(&self, from: Moment, until: Moment) {
         self.lock().troubles.push((from, until));
+    }
+
+    /// A time in which a process was stopped.
+    pub(crate) fn froze(&self, from: Moment, until: Moment) {
+        self.lock().freezes.push((from, until));
+    }
+
+    /// A process is gone.
+    pub(crate) fn died(&self, process: Uuid) {
+        let now = self.now();
+        self.lock().deaths.entry(process).or_insert(now);
     }
 }
 
@@ -312,8 +339,22 @@ impl Inner {
         self.names.get(&uid).cloned().unwrap_or_else(|| uid.to_string())
     }
 
-    /// True where there was trouble in this time.
+    /// True where the store was in trouble in this time.
     pub(crate) fn troubled(&self, from: Moment, until: Moment) -> bool {
         self.troubles.iter().any(|(begin, end)| *begin <= until && *end >= from)
+    }
+
+    /// True where a process was stopped in this time.
+    pub(crate) fn froze(&self, from: Moment, until: Moment) -> bool {
+        self.freezes.iter().any(|(begin, end)| *begin <= until && *end >= from)
+    }
+
+    /// The last moment before `until` of which its node has a proof: what is read after a stop proves nothing.
+    pub(crate) fn proof(&self, contact: &Contact, until: Moment) -> Moment {
+        let after_stop = |at: Moment| {
+            self.freezes.iter().any(|(begin, end)| *begin < at && at <= end.after(Duration::from_millis(1_500)))
+        };
+        let mut proofs = contact.proofs.iter().rev().copied();
+        proofs.find(|at| *at <= until && !after_stop(*at)).unwrap_or(contact.opened)
     }
 }

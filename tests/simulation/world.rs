@@ -40,6 +40,7 @@ pub(crate) struct World {
     tasks: TaskTracker,
     places: Vec<Place>,
     calm: CancellationToken,
+    quiet: AtomicBool,
     next_process: AtomicU64,
     next_wire: AtomicU64,
 }
@@ -103,6 +104,7 @@ pub(crate) async fn run(seed: u64, rules: Rules, recording: bool) -> Outcome {
         tasks,
         places: (0..places).map(|_| Place::default()).collect(),
         calm: CancellationToken::new(),
+        quiet: AtomicBool::new(false),
         next_process: AtomicU64::new(1),
         next_wire: AtomicU64::new(1),
     });
@@ -154,6 +156,11 @@ impl World {
 
     pub(crate) fn is_calm(&self) -> bool {
         self.calm.is_cancelled()
+    }
+
+    /// True once nobody changes anything any more.
+    pub(crate) fn is_quiet(&self) -> bool {
+        self.quiet.load(Ordering::Relaxed)
     }
 
     pub(crate) async fn calmed(&self) {
@@ -293,7 +300,7 @@ impl World {
         self.truth.say(format_args!("node-{place}.{} is frozen for {lasts:?}", process.number));
         let from = self.truth.now();
         process.gate.freeze();
-        self.truth.trouble(from, from.after(lasts + Duration::from_secs(2)));
+        self.truth.froze(from, from.after(lasts));
         self.note_admission();
         sleep(lasts).await;
         self.truth.say(format_args!("node-{place}.{} goes on", process.number));
@@ -403,6 +410,8 @@ impl World {
             + expected.node.lease * 3
             + Duration::from_secs(1_500);
         sleep(long).await;
+        self.quiet.store(true, Ordering::Relaxed);
+        sleep(expected.heartbeat.timeout * 3).await;
         let up: Vec<Arc<Process>> = (0..self.places()).filter_map(|place| self.process(place)).collect();
         check::converged(&self.truth, &self.database.records(), &up);
     }
