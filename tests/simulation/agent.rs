@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use opamp_server::agent::InstanceUid;
+use opamp_server::close::CloseReason;
 use opamp_server::proto::any_value::Value as AnyOf;
 use opamp_server::proto::server_error_response::Details;
 use opamp_server::proto::{
@@ -179,7 +180,7 @@ impl Agent {
         let until = self.world.truth.now().after(lasts);
         self.world.truth.own(self.uid, |own| {
             own.excuse = Some(why);
-            own.excused_until = Some(until);
+            own.excused_until = own.excused_until.max(Some(until));
         });
     }
 
@@ -341,6 +342,10 @@ impl Agent {
                     Down::Close(reason) => {
                         self.say(format_args!("link {} is closed: {reason}", wire.number));
                         wire.send(process, Up::Close);
+                        if reason == CloseReason::Superseded {
+                            // What was on its way elsewhere came after what was said here.
+                            self.world.truth.own(self.uid, |own| own.asked = true);
+                        }
                         break self.between(1, 60_000);
                     }
                     Down::Gone => {

@@ -165,7 +165,8 @@ fn ended(truth: &Inner, own: &Own, row: &Row, end: &RowEnd, expected: Expected, 
             let lag = expected.flush + Duration::from_millis(1_500);
             let died = truth.deaths.get(&contact.process).copied().unwrap_or(by).min(by);
             let until = if prompt { by.before(NEAR) } else { died.before(lag) };
-            let excused = !prompt && (truth.troubled(until.before(lag), by) || truth.froze(until.before(lag), by));
+            let excused =
+                !prompt && (truth.troubled(until.before(lag), by) || truth.froze(until.before(lag), by));
             if !excused && end.at.after(NEAR) < truth.proof(contact, until) {
                 found.push((Rule::Proof, format!("ended before the last proof: {}", what())));
             }
@@ -290,7 +291,10 @@ pub(crate) fn answered(process: &Process, uid: InstanceUid, id: i64, heard: Mome
             && (lost || row.end.is_none_or(|end| end.known().after(NEAR) >= heard))
     };
     if !agent.rows.iter().rev().filter_map(|id| records.row(*id)).any(|row| covers(&row)) {
-        process.truth.contradict(Rule::Covered, || {
+        let ended_elsewhere =
+            records.row(id).is_some_and(|row| row.transport == Transport::Http && row.end.is_some());
+        let rule = if ended_elsewhere { Rule::Stale } else { Rule::Covered };
+        process.truth.contradict(rule, || {
             format!(
                 "{}: answered a report of {heard} on connection {id}, no row covers it",
                 process.truth.who(uid)

@@ -84,7 +84,10 @@ fn the_record_never_contradicts_what_happened() {
         if !settings.go_on {
             tell(seed, settings.rules, &outcome);
         }
-        println!("seed {seed}, {}: {:?}: {}", contradiction.at, contradiction.rule, contradiction.text);
+        println!(
+            "seed {seed} ({} nodes), {}: {:?}: {}",
+            outcome.places, contradiction.at, contradiction.rule, contradiction.text
+        );
         assert!(settings.go_on, "seed {seed} contradicts {:?}", contradiction.rule);
     }
     let took = started.elapsed().as_secs_f64();

@@ -21,6 +21,8 @@ pub(crate) enum Rule {
     Late,
     /// The agent was heard, and no row covers that.
     Covered,
+    /// As `Covered`, for a poll that was answered by a node which does not know yet that another ended the row.
+    Stale,
     /// An end that names a cause that was not.
     Cause,
     /// An agent was called silent although something of it had arrived in time.
@@ -46,7 +48,7 @@ pub(crate) enum Rule {
 }
 
 impl Rule {
-    pub(crate) const ALL: [Self; 20] = [
+    pub(crate) const ALL: [Self; 21] = [
         Self::Shape,
         Self::Order,
         Self::Log,
@@ -56,6 +58,7 @@ impl Rule {
         Self::Seen,
         Self::Late,
         Self::Covered,
+        Self::Stale,
         Self::Cause,
         Self::Silence,
         Self::Return,

@@ -352,7 +352,9 @@ impl Inner {
     /// The last moment before `until` of which its node has a proof: what is read after a stop proves nothing.
     pub(crate) fn proof(&self, contact: &Contact, until: Moment) -> Moment {
         let after_stop = |at: Moment| {
-            self.freezes.iter().any(|(begin, end)| *begin < at && at <= end.after(Duration::from_millis(1_500)))
+            self.freezes
+                .iter()
+                .any(|(begin, end)| *begin < at && at <= end.after(Duration::from_millis(1_500)))
         };
         let mut proofs = contact.proofs.iter().rev().copied();
         proofs.find(|at| *at <= until && !after_stop(*at)).unwrap_or(contact.opened)

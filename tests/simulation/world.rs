@@ -29,6 +29,7 @@ pub(crate) struct Outcome {
     /// The same for the same seed.
     pub(crate) fingerprint: u64,
     pub(crate) lasted: Duration,
+    pub(crate) places: usize,
 }
 
 /// The world.
@@ -137,6 +138,7 @@ pub(crate) async fn run(seed: u64, rules: Rules, recording: bool) -> Outcome {
         timeline: world.truth.timeline(),
         fingerprint: world.truth.fingerprint(),
         lasted,
+        places,
     }
 }
 
@@ -202,7 +204,11 @@ impl World {
 
     /// Every agent may be asked for its state: something was lost.
     fn excuse_all(&self, why: &'static str) {
-        self.truth.lock().agents.values_mut().for_each(|own| own.excuse = Some(why));
+        let until = self.truth.now().after(Duration::from_secs(90));
+        self.truth.lock().agents.values_mut().for_each(|own| {
+            own.excuse = Some(why);
+            own.excused_until = own.excused_until.max(Some(until));
+        });
     }
 
     /// Starts a process at a place, again and again until one runs.

@@ -291,6 +291,9 @@ async fn transaction<T: Send + 'static>(
         }
         (done, touched.len())
     };
+    if matches!(call.name, "start" | "end lost" | "end node") {
+        database.truth.say(format_args!("store: {} of process {process} is done", call.name));
+    }
     if call.writes {
         database.truth.stir(seen as u64 ^ process << 8);
     }
