@@ -24,7 +24,7 @@ use crate::link::{Down, LinkTask, Polled, Up, Wire, admit_link, poll};
 use crate::node::Process;
 use crate::rules::Rule;
 use crate::truth::{Marks, PARTS};
-use crate::world::World;
+use crate::world::{World, between};
 
 /// How long an agent waits for a handshake or for the answer to a poll.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -83,6 +83,7 @@ enum Say {
 }
 
 /// An agent.
+#[expect(clippy::struct_excessive_bools, reason = "habits of one agent, each of its own")]
 pub(crate) struct Agent {
     world: Arc<World>,
     rng: Rng,
@@ -164,7 +165,7 @@ impl Agent {
 
     /// A time between so many milliseconds, short ones as likely as long ones.
     fn between(&mut self, least: u64, most: u64) -> Duration {
-        self.world.between(&mut self.rng, least, most)
+        between(&mut self.rng, least, most)
     }
 
     fn say(&self, text: std::fmt::Arguments<'_>) {
@@ -218,7 +219,7 @@ impl Agent {
                 status: mark(1),
                 ..ComponentHealth::default()
             }),
-            effective_config: has(2).then(|| EffectiveConfig { config_map: Some(map) }),
+            effective_config: has(2).then_some(EffectiveConfig { config_map: Some(map) }),
             agent_disconnect: (say == Say::Farewell).then(AgentDisconnect::default),
             ..AgentToServer::default()
         };
@@ -372,13 +373,13 @@ impl Agent {
                     let part = self.rng.usize(0..PARTS);
                     self.send(process, wire, Say::Part(part), &mut unanswered);
                 }
-                () = sleep_until(until) => match self.ends(process, wire, ending, &mut unanswered).await {
-                    Some(pause) => break pause,
-                    None => {
+                () = sleep_until(until) => {
+                    if let Some(pause) = self.ends(process, wire, ending, &mut unanswered).await {
+                        break pause;
+                    }
                         ending = *self.rng.choice(&Ending::ALL).unwrap_or(&Ending::Close);
                         until = Instant::now() + self.between(1, 1_800_000);
-                    }
-                },
+                }
                 () = world.calmed(), if !calm => {
                     calm = true;
                     let soon = if self.stays { Duration::from_hours(10_000) } else { self.between(1, 20_000) };

@@ -165,8 +165,9 @@ fn ended(truth: &Inner, own: &Own, row: &Row, end: &RowEnd, expected: Expected, 
             let lag = expected.flush + Duration::from_millis(1_500);
             let died = truth.deaths.get(&contact.process).copied().unwrap_or(by).min(by);
             let until = if prompt { by.before(NEAR) } else { died.before(lag) };
-            let excused =
-                !prompt && (truth.troubled(until.before(lag), by) || truth.froze(until.before(lag), by));
+            let excused = !prompt
+                && (truth.troubled(until.before(lag), by)
+                    || truth.froze(contact.process, until.before(lag), by));
             if !excused && end.at.after(NEAR) < truth.proof(contact, until) {
                 found.push((Rule::Proof, format!("ended before the last proof: {}", what())));
             }
@@ -196,7 +197,8 @@ fn seen(
     }
     let last = shown.iter().rev().find(|at| **at <= end.at.after(NEAR)).copied();
     // A link that waits for the store reads late what has come meanwhile.
-    let waited = last.is_some_and(|at| truth.troubled(at, end.at) && !truth.froze(at, end.at));
+    let waited =
+        last.is_some_and(|at| truth.troubled(at, end.at) && !truth.froze(contact.process, at, end.at));
     let rule = if waited { Rule::Late } else { Rule::Seen };
     found.push((rule, format!("nothing was seen then: {}", what())));
 }

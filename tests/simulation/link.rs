@@ -216,18 +216,17 @@ impl LinkTask {
 
     async fn on_message(&mut self, bytes: Vec<u8>) -> Result<(), End> {
         let Ok(report) = AgentToServer::decode(bytes.as_slice()) else { return Ok(()) };
-        let offer = match self.beat(&report, &bytes) {
-            Some(offer) => offer,
-            None => {
-                let link = Arc::clone(&self.origin.link);
-                link.turn_away();
-                let mut share = self.process.budget.small_share();
-                share.cover_message(bytes.len(), 10).await;
-                let inbound = Inbound::new(report, digest_of_bytes(&bytes), share);
-                let offer = self.take(inbound).await;
-                link.attend(self.process.services.clock.tick());
-                offer
-            }
+        let offer = if let Some(offer) = self.beat(&report, &bytes) {
+            offer
+        } else {
+            let link = Arc::clone(&self.origin.link);
+            link.turn_away();
+            let mut share = self.process.budget.small_share();
+            share.cover_message(bytes.len(), 10).await;
+            let inbound = Inbound::new(report, digest_of_bytes(&bytes), share);
+            let offer = self.take(inbound).await;
+            link.attend(self.process.services.clock.tick());
+            offer
         };
         self.wire.answer(Down::Offer(Box::new(offer)));
         self.note_company();
@@ -269,7 +268,7 @@ impl LinkTask {
         let exchange = exchange(&process.services, slot, &self.origin, agent, inbound).await;
         if let Some(session) = slot {
             let (id, link) = (session.connection().id, Some(self.wire.number));
-            process.truth.taken(id, agent, Transport::Websocket, process.node_id, link, heard);
+            process.truth.taken(id, Transport::Websocket, process.node_id, link, heard);
             check::answered(&process, agent, id, heard, &exchange);
         } else {
             self.sessions.remove(index);
@@ -439,12 +438,12 @@ async fn seated(
     process.truth.own(agent, |own| own.polled = Some(heard));
     if let Some(session) = &*session {
         let id = session.connection().id;
-        process.truth.taken(id, agent, Transport::Http, process.node_id, None, heard);
+        process.truth.taken(id, Transport::Http, process.node_id, None, heard);
     }
     let exchange = exchange(services, &mut session, origin, agent, inbound).await;
     if let Some(session) = &*session {
         let id = session.connection().id;
-        process.truth.taken(id, agent, Transport::Http, process.node_id, None, heard);
+        process.truth.taken(id, Transport::Http, process.node_id, None, heard);
         check::answered(process, agent, id, heard, &exchange);
         services.hub.keep_seat(agent, &seat);
     } else {

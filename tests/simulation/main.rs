@@ -70,6 +70,16 @@ fn tell(seed: u64, rules: Rules, first: &Outcome) {
     }
 }
 
+/// What a seed means does not depend on anything but the seed.
+#[test]
+fn a_seed_goes_the_same_way_twice() {
+    let rules = Rules::without("").expect("no names");
+    for seed in 1..=5 {
+        let (once, again) = (simulate(seed, rules, false), simulate(seed, rules, true));
+        assert_eq!(once.fingerprint, again.fingerprint, "seed {seed}");
+    }
+}
+
 #[test]
 #[expect(clippy::print_stdout, reason = "the report of a test")]
 fn the_record_never_contradicts_what_happened() {

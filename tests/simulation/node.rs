@@ -267,7 +267,9 @@ impl Process {
         let peers = matches!(peers, Ok(Ok(true)));
         let _store_may_be_away = tokio::time::timeout_at(deadline, self.end_connections(peers)).await;
         let links: Vec<_> = self.links().values().cloned().collect();
-        links.iter().for_each(|link| link.dismiss());
+        for link in links {
+            link.dismiss();
+        }
         self.flushing.cancel();
         self.open_links.close();
         let _some_peers_never_answer = tokio::time::timeout_at(deadline, async {

@@ -53,9 +53,4 @@ impl<T> Pipe<T> {
             }
         }
     }
-
-    /// Forgets what is on its way.
-    pub(crate) fn clear(&self) {
-        self.queue().clear();
-    }
 }

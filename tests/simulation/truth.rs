@@ -31,8 +31,6 @@ pub(crate) type Marks = [u64; PARTS];
 /// How the end of a connection was shown by the peer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Shown {
-    /// A report with `agent_disconnect`.
-    Disconnect,
     /// A Close frame.
     Close,
     /// The transport ended without one.
@@ -44,7 +42,6 @@ pub(crate) enum Shown {
 /// What the server side of one link, or of the polls of one connection, could know.
 #[derive(Clone, Debug)]
 pub(crate) struct Contact {
-    pub(crate) agent: InstanceUid,
     pub(crate) transport: Transport,
     /// The process that heard it last.
     pub(crate) process: Uuid,
@@ -58,6 +55,15 @@ pub(crate) struct Contact {
     pub(crate) shown: Option<(Shown, Moment)>,
     /// When it was heard lately, the newest last.
     pub(crate) proofs: VecDeque<Moment>,
+}
+
+/// A link.
+#[derive(Debug)]
+struct Line {
+    /// When anything of it last arrives.
+    arrived: Moment,
+    shown: Option<(Shown, Moment)>,
+    connections: Vec<i64>,
 }
 
 /// What is known of one agent from its own side.
@@ -110,8 +116,8 @@ pub(crate) struct Truth {
 #[derive(Debug, Default)]
 pub(crate) struct Inner {
     pub(crate) contacts: HashMap<i64, Contact>,
-    /// The connections on each link.
-    links: HashMap<u64, (Moment, Option<(Shown, Moment)>, Vec<i64>)>,
+    /// The links by number.
+    links: HashMap<u64, Line>,
     pub(crate) agents: BTreeMap<InstanceUid, Own>,
     names: HashMap<InstanceUid, String>,
     processes: HashMap<Uuid, String>,
@@ -122,7 +128,7 @@ pub(crate) struct Inner {
     /// Times of trouble with the store.
     pub(crate) troubles: Vec<(Moment, Moment)>,
     /// Times in which a process was stopped.
-    pub(crate) freezes: Vec<(Moment, Moment)>,
+    pub(crate) freezes: Vec<(Uuid, Moment, Moment)>,
     /// When processes died.
     pub(crate) deaths: HashMap<Uuid, Moment>,
     timeline: Vec<(Moment, String)>,
@@ -155,8 +161,9 @@ impl Truth {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn began(&self) -> Moment {
-        Moment::from_micros(EPOCH)
+    /// How long the simulation lasts.
+    pub(crate) fn lasted(&self) -> Duration {
+        self.began.elapsed()
     }
 
     pub(crate) fn now(&self) -> Moment {
@@ -234,12 +241,12 @@ impl Truth {
         let due = self.moment(due);
         let mut inner = self.lock();
         let Inner { links, contacts, .. } = &mut *inner;
-        let link = links.entry(link).or_insert((due, None, Vec::new()));
-        link.0 = due;
+        let link = links.entry(link).or_insert(Line { arrived: due, shown: None, connections: Vec::new() });
+        link.arrived = due;
         if let Some(shown) = shown {
-            link.1.get_or_insert((shown, due));
+            link.shown.get_or_insert((shown, due));
         }
-        for id in &link.2 {
+        for id in &link.connections {
             if let Some(contact) = contacts.get_mut(id) {
                 contact.arrived = due;
                 if let Some(shown) = shown {
@@ -254,7 +261,7 @@ impl Truth {
         let now = self.now();
         let mut inner = self.lock();
         let Inner { links, contacts, .. } = &mut *inner;
-        for id in links.get(&link).map(|link| link.2.as_slice()).unwrap_or_default() {
+        for id in links.get(&link).map(|link| link.connections.as_slice()).unwrap_or_default() {
             if let Some(contact) = contacts.get_mut(id) {
                 contact.hear(now);
             }
@@ -265,7 +272,6 @@ impl Truth {
     pub(crate) fn taken(
         &self,
         connection: i64,
-        agent: InstanceUid,
         transport: Transport,
         process: Uuid,
         link: Option<u64>,
@@ -274,9 +280,8 @@ impl Truth {
         let mut inner = self.lock();
         let Inner { links, contacts, .. } = &mut *inner;
         let link = link.and_then(|link| links.get_mut(&link));
-        let (arrived, shown) = link.as_ref().map_or((heard, None), |link| (link.0, link.1));
+        let (arrived, shown) = link.as_ref().map_or((heard, None), |link| (link.arrived, link.shown));
         let contact = contacts.entry(connection).or_insert_with(|| Contact {
-            agent,
             transport,
             process,
             opened: heard,
@@ -289,9 +294,9 @@ impl Truth {
         contact.hear(heard);
         contact.arrived = contact.arrived.max(arrived);
         if let Some(link) = link
-            && !link.2.contains(&connection)
+            && !link.connections.contains(&connection)
         {
-            link.2.push(connection);
+            link.connections.push(connection);
         }
     }
 
@@ -301,8 +306,8 @@ impl Truth {
     }
 
     /// A time in which a process was stopped.
-    pub(crate) fn froze(&self, from: Moment, until: Moment) {
-        self.lock().freezes.push((from, until));
+    pub(crate) fn froze(&self, process: Uuid, from: Moment, until: Moment) {
+        self.lock().freezes.push((process, from, until));
     }
 
     /// A process is gone.
@@ -344,9 +349,9 @@ impl Inner {
         self.troubles.iter().any(|(begin, end)| *begin <= until && *end >= from)
     }
 
-    /// True where a process was stopped in this time.
-    pub(crate) fn froze(&self, from: Moment, until: Moment) -> bool {
-        self.freezes.iter().any(|(begin, end)| *begin <= until && *end >= from)
+    /// True where the process was stopped in this time.
+    pub(crate) fn froze(&self, process: Uuid, from: Moment, until: Moment) -> bool {
+        self.freezes.iter().any(|(which, begin, end)| *which == process && *begin <= until && *end >= from)
     }
 
     /// The last moment before `until` of which its node has a proof: what is read after a stop proves nothing.
@@ -354,7 +359,7 @@ impl Inner {
         let after_stop = |at: Moment| {
             self.freezes
                 .iter()
-                .any(|(begin, end)| *begin < at && at <= end.after(Duration::from_millis(1_500)))
+                .any(|(_, begin, end)| *begin < at && at <= end.after(Duration::from_millis(1_500)))
         };
         let mut proofs = contact.proofs.iter().rev().copied();
         proofs.find(|at| *at <= until && !after_stop(*at)).unwrap_or(contact.opened)

@@ -88,6 +88,18 @@ fn settings(rng: &mut Rng) -> Config {
     config
 }
 
+/// A time between so many milliseconds, short ones as likely as long ones.
+#[expect(
+    clippy::cast_precision_loss,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a rough time will do"
+)]
+pub(crate) fn between(rng: &mut Rng, least: u64, most: u64) -> Duration {
+    let (low, high) = ((least.max(1) as f64).ln(), (most.max(1) as f64).ln());
+    Duration::from_millis((low + (high - low) * rng.f64()).exp() as u64)
+}
+
 /// Runs the simulation of a seed.
 pub(crate) async fn run(seed: u64, rules: Rules, recording: bool) -> Outcome {
     let mut rng = Rng::with_seed(seed);
@@ -132,7 +144,7 @@ pub(crate) async fn run(seed: u64, rules: Rules, recording: bool) -> Outcome {
     if world.truth.first().is_none() {
         world.settle(&mut rng).await;
     }
-    let lasted = world.truth.now().since(world.truth.began());
+    let lasted = world.truth.lasted();
     Outcome {
         contradiction: world.truth.first(),
         timeline: world.truth.timeline(),
@@ -167,18 +179,6 @@ impl World {
 
     pub(crate) async fn calmed(&self) {
         self.calm.cancelled().await;
-    }
-
-    /// A time between so many milliseconds, short ones as likely as long ones.
-    #[expect(
-        clippy::cast_precision_loss,
-        clippy::cast_possible_truncation,
-        clippy::cast_sign_loss,
-        reason = "a rough time will do"
-    )]
-    pub(crate) fn between(&self, rng: &mut Rng, least: u64, most: u64) -> Duration {
-        let (low, high) = ((least.max(1) as f64).ln(), (most.max(1) as f64).ln());
-        Duration::from_millis((low + (high - low) * rng.f64()).exp() as u64)
     }
 
     /// Notes since when somebody admits agents, where that was interrupted for so long that a server knows.
@@ -306,7 +306,7 @@ impl World {
         self.truth.say(format_args!("node-{place}.{} is frozen for {lasts:?}", process.number));
         let from = self.truth.now();
         process.gate.freeze();
-        self.truth.froze(from, from.after(lasts));
+        self.truth.froze(process.node_id, from, from.after(lasts));
         self.note_admission();
         sleep(lasts).await;
         self.truth.say(format_args!("node-{place}.{} goes on", process.number));
@@ -316,10 +316,10 @@ impl World {
 
     /// The time of events.
     async fn befall(self: &Arc<Self>, rng: &mut Rng) {
-        let lasts = self.between(rng, 60_000, 3_600_000);
+        let lasts = between(rng, 60_000, 3_600_000);
         let until = self.truth.now().after(lasts);
         while self.truth.now() < until {
-            let pause = self.between(rng, 50, 180_000);
+            let pause = between(rng, 50, 180_000);
             sleep(pause).await;
             if self.truth.first().is_some() {
                 return;
@@ -339,7 +339,7 @@ impl World {
         };
         let place = rng.usize(0..self.places());
         let seed = rng.u64(..);
-        let lasts = self.between(rng, 100, 240_000);
+        let lasts = between(rng, 100, 240_000);
         let world = Arc::clone(self);
         match event {
             Event::Quiet => {}
@@ -414,10 +414,22 @@ impl World {
         let long = expected.heartbeat.timeout * 4
             + expected.heartbeat.check_interval * 2
             + expected.node.lease * 3
-            + Duration::from_secs(1_500);
+            + Duration::from_mins(25);
         sleep(long).await;
         self.quiet.store(true, Ordering::Relaxed);
         sleep(expected.heartbeat.timeout * 3).await;
+        self.converged();
+        // From now on nothing is lost, so that nobody has a reason to ask.
+        self.truth.say(format_args!("every node is stopped and started"));
+        for place in 0..self.places() {
+            self.stop(place, Duration::from_secs(3)).await;
+        }
+        sleep(expected.heartbeat.timeout * 4 + expected.heartbeat.check_interval + Duration::from_mins(4))
+            .await;
+        self.converged();
+    }
+
+    fn converged(&self) {
         let up: Vec<Arc<Process>> = (0..self.places()).filter_map(|place| self.process(place)).collect();
         check::converged(&self.truth, &self.database.records(), &up);
     }

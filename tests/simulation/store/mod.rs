@@ -158,13 +158,10 @@ impl Database {
     fn lock_name(&self, name: &str, process: u64) -> bool {
         let mut names = self.names();
         let held = names.iter().find(|(held, _)| self.single || held == name).map(|(_, holder)| *holder);
-        match held {
-            Some(holder) => holder == process,
-            None => {
-                names.push((name.to_owned(), process));
-                true
-            }
+        if held.is_none() {
+            names.push((name.to_owned(), process));
         }
+        held.is_none_or(|holder| holder == process)
     }
 
     fn fate(&self, rng: &mut Rng, place: usize) -> (Fate, Duration) {
@@ -303,7 +300,7 @@ async fn transaction<T: Send + 'static>(
     match fate {
         Fate::Lost => drop(answer),
         Fate::Silent => tokio::time::sleep(CALL_DEADLINE * 2).await,
-        _ => {
+        Fate::Done | Fate::Late | Fate::Refused | Fate::Conflict | Fate::Unanswered => {
             let _gone = answer.send(Ok(done));
         }
     }

@@ -294,11 +294,12 @@ impl Records {
             return Ended { duration_seconds, status: None };
         }
         let deleted = agent.order == Some((end.connection_id, CloseReason::Deleted));
-        let to = match end.reason {
-            CloseReason::UidReassigned | CloseReason::Deleted => Status::Retired,
-            _ if deleted => Status::Retired,
-            reason if reason.cause() == Cause::Agent => Status::Offline,
-            _ => agent.status,
+        let to = if deleted || matches!(end.reason, CloseReason::UidReassigned | CloseReason::Deleted) {
+            Status::Retired
+        } else if end.reason.cause() == Cause::Agent {
+            Status::Offline
+        } else {
+            agent.status
         };
         let at = decided.known();
         let reason = if deleted { CloseReason::Deleted } else { end.reason };
