@@ -10,7 +10,8 @@ use opamp_server::agent::report::digest_of_bytes;
 use opamp_server::agent::{InstanceUid, Sender};
 use opamp_server::clock::Tick;
 use opamp_server::close::CloseReason;
-use opamp_server::history::{EndTicket, Noticed};
+use opamp_server::history::{EndTicket, Noticed, OpenConnection};
+use opamp_server::metrics::Refused;
 use opamp_server::proto::{AgentToServer, ServerToAgent};
 use opamp_server::pulse::Link;
 use opamp_server::session::{
@@ -99,7 +100,15 @@ pub(crate) fn admit_link(process: &Process) -> bool {
 
 fn admits_newcomer(process: &Process) -> bool {
     let services = &process.services;
-    !services.outage.is_away() && services.history.delay() <= LONGEST_QUEUE
+    let cause = if services.outage.is_away() {
+        Some(Refused::Store)
+    } else {
+        (services.history.delay() > LONGEST_QUEUE).then_some(Refused::Rate)
+    };
+    if let Some(cause) = cause {
+        services.note_refusal(cause);
+    }
+    cause.is_none()
 }
 
 /// Why a link ends.
@@ -221,11 +230,12 @@ impl LinkTask {
         } else {
             let link = Arc::clone(&self.origin.link);
             link.turn_away();
+            let turned_away = self.process.services.clock.tick();
             let mut share = self.process.budget.small_share();
             share.cover_message(bytes.len(), 10).await;
             let inbound = Inbound::new(report, digest_of_bytes(&bytes), share);
             let offer = self.take(inbound).await;
-            link.attend(self.process.services.clock.tick());
+            link.attend(turned_away, self.process.services.clock.tick());
             offer
         };
         self.wire.answer(Down::Offer(Box::new(offer)));
@@ -276,8 +286,12 @@ impl LinkTask {
         exchange
     }
 
+    fn is_lonely(&self) -> bool {
+        self.sessions.iter().all(|(_, session)| session.is_none())
+    }
+
     fn note_company(&mut self) {
-        if self.sessions.iter().any(|(_, session)| session.is_some()) {
+        if !self.is_lonely() {
             self.lonely_since = None;
         } else if self.lonely_since.is_none() {
             self.lonely_since = Some(self.process.services.clock.tick());
@@ -306,7 +320,7 @@ impl LinkTask {
         }
         match reason {
             Some(reason) if self.sessions.is_empty() => Err(End::Close(reason)),
-            _ if self.sessions.is_empty() && self.origin.link.is_dismissed() => {
+            _ if self.is_lonely() && self.origin.link.is_dismissed() => {
                 Err(End::Close(CloseReason::ServerShutdown))
             }
             _ => Ok(()),
@@ -434,6 +448,7 @@ async fn seated(
     let services = &process.services;
     let seat = services.hub.seat(agent);
     let mut session = seat.lock().await;
+    let _attending = services.hub.get(agent).map(|connection| Attending::to_poll(process, connection));
     let heard = services.clock.moment(origin.link.last_byte());
     process.truth.own(agent, |own| own.polled = Some(heard));
     if let Some(session) = &*session {
@@ -450,4 +465,24 @@ async fn seated(
         services.hub.free_seat(agent);
     }
     exchange
+}
+
+/// A poll that the server works on.
+struct Attending {
+    process: Arc<Process>,
+    connection: Arc<OpenConnection>,
+    began: Tick,
+}
+
+impl Attending {
+    fn to_poll(process: &Arc<Process>, connection: Arc<OpenConnection>) -> Self {
+        connection.link.turn_away();
+        Self { process: Arc::clone(process), connection, began: process.services.clock.tick() }
+    }
+}
+
+impl Drop for Attending {
+    fn drop(&mut self) {
+        self.connection.link.attend(self.began, self.process.services.clock.tick());
+    }
 }

@@ -149,6 +149,7 @@ impl Process {
             node_id,
             name: process.name.clone(),
             length: config.node.lease,
+            peers: Arc::clone(&process.services.peers),
             ended: process.ended.clone(),
         };
         process.own("lease", lease.run(process.writing.clone()));
@@ -263,8 +264,9 @@ impl Process {
         self.services.closing.store(true, Ordering::Relaxed);
         self.closed.store(true, Ordering::Relaxed);
         self.judging.cancel();
-        let peers = tokio::time::timeout(GRACE / 4, self.store.has_living_peer(self.node_id)).await;
-        let peers = matches!(peers, Ok(Ok(true)));
+        let now = self.services.clock.now();
+        let peers = tokio::time::timeout(GRACE / 4, self.store.has_living_peer(self.node_id, now)).await;
+        let peers = !matches!(peers, Ok(Ok(false)));
         let _store_may_be_away = tokio::time::timeout_at(deadline, self.end_connections(peers)).await;
         let links: Vec<_> = self.links().values().cloned().collect();
         for link in links {
@@ -304,7 +306,11 @@ impl Process {
             }
             let history = &self.services.history;
             let end = |connection: &Arc<OpenConnection>| {
-                history.end(connection, CloseReason::ServerShutdown, Noticed::Concluded)
+                let noticed = match connection.transport {
+                    Transport::Websocket => Noticed::Concluded,
+                    Transport::Http => Noticed::Unheard,
+                };
+                history.end(connection, CloseReason::ServerShutdown, noticed)
             };
             let tickets: Vec<_> = connections.iter().filter_map(end).collect();
             for ticket in tickets {

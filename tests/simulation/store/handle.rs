@@ -9,14 +9,17 @@ use opamp_server::agent::InstanceUid;
 use opamp_server::clock::Moment;
 use opamp_server::config::Ephemeral;
 use opamp_server::store::{
-    AgentDetail, AgentFilter, AgentRow, AgentStore, AgentSummary, CloseOrder, ConnectionRow, ConnectionStore,
-    Deleted, Deletion, Forgotten, Heir, Held, HistoryFilter, NewNode, NodeStart, NodeStore, OrderStore, Page,
-    PageRequest, Peer, PolledConnection, Reconnect, RetentionStore, Sighting, StatusChange, Store,
-    StoreError, Transition, Write, Written,
+    AgentDetail, AgentFilter, AgentRow, AgentStore, AgentSummary, CALL_DEADLINE, CloseOrder, ConnectionRow,
+    ConnectionStore, Deleted, Deletion, Forgotten, Heir, Held, HistoryFilter, NewNode, NodeStart, NodeStore,
+    OrderStore, Page, PageRequest, Peer, PolledConnection, Reconnect, RetentionStore, Sighting, StatusChange,
+    Store, StoreError, Transition, Write, Written,
 };
 use uuid::Uuid;
 
 use super::{Call, Database, Row};
+
+/// How long it may take to end what a node left open.
+const TAKE_OVER: Duration = Duration::from_mins(1);
 
 /// One process's way to the database.
 #[derive(Debug)]
@@ -46,17 +49,22 @@ impl Handle {
 }
 
 fn reads(name: &'static str) -> Call {
-    Call { name, key: 0, writes: false, locks: false }
+    Call { name, key: 0, writes: false, deadline: CALL_DEADLINE, locks: false }
 }
 
 /// One statement that changes what is on record.
 fn writes(name: &'static str, key: u64) -> Call {
-    Call { name, key, writes: true, locks: false }
+    Call { name, key, writes: true, deadline: CALL_DEADLINE, locks: false }
 }
 
 /// A transaction of several statements: whoever else wants one waits until it is over.
 fn transacts(name: &'static str, key: u64) -> Call {
-    Call { name, key, writes: true, locks: true }
+    Call { name, key, writes: true, deadline: CALL_DEADLINE, locks: true }
+}
+
+/// A transaction that ends what a node left open: its whole fleet.
+fn takes_over(name: &'static str) -> Call {
+    Call { deadline: TAKE_OVER, ..transacts(name, 0) }
 }
 
 fn shown(row: &Row) -> ConnectionRow {
@@ -241,7 +249,7 @@ impl NodeStore for Handle {
 
     async fn start_node(&self, node: &NewNode) -> Result<NodeStart, StoreError> {
         let (node, single) = (node.clone(), self.database.single);
-        self.call(transacts("start", 0), move |records| records.start(&node, single)).await
+        self.call(takes_over("start"), move |records| records.start(&node, single)).await
     }
 
     async fn postpone_verdicts(&self, now: Moment, return_time: Duration) -> Result<(), StoreError> {
@@ -258,7 +266,7 @@ impl NodeStore for Handle {
 
     async fn end_lost_node(&self, lost: &Peer, heir: &Heir) -> Result<Option<u64>, StoreError> {
         let (lost, heir) = (lost.clone(), *heir);
-        self.call(transacts("end lost", 0), move |records| records.end_lost(&lost, &heir)).await
+        self.call(takes_over("end lost"), move |records| records.end_lost(&lost, &heir)).await
     }
 
     async fn end_strays(&self, heir: &Heir) -> Result<u64, StoreError> {
@@ -274,8 +282,11 @@ impl NodeStore for Handle {
         self.call(writes("end node", 0), move |records| records.end_node(node, at)).await
     }
 
-    async fn has_living_peer(&self, node: Uuid) -> Result<bool, StoreError> {
-        self.call(reads("peer"), move |records| !records.peers(node).is_empty()).await
+    async fn has_living_peer(&self, node: Uuid, at: Moment) -> Result<bool, StoreError> {
+        self.call(reads("peer"), move |records| {
+            records.peers(node).iter().any(|peer| at.since(peer.renewed_at) <= peer.lease)
+        })
+        .await
     }
 }
 

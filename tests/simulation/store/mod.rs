@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use fastrand::Rng;
 use opamp_server::clock::Moment;
-use opamp_server::store::{CALL_DEADLINE, StoreError};
+use opamp_server::store::StoreError;
 use tokio::sync::oneshot;
 use tokio_util::task::TaskTracker;
 
@@ -175,9 +175,7 @@ impl Database {
             Fault::Slow => (Fate::Done, Duration::from_millis(rng.u64(100..9_000))),
             Fault::Conflicts if sometimes => (Fate::Conflict, quick),
             Fault::Forgetful if sometimes => (if rng.bool() { Fate::Lost } else { Fate::Silent }, quick),
-            Fault::Late if sometimes => {
-                (Fate::Late, CALL_DEADLINE + Duration::from_millis(rng.u64(1..15_000)))
-            }
+            Fault::Late if sometimes => (Fate::Late, Duration::from_millis(rng.u64(1..15_000))),
             Fault::Conflicts | Fault::Forgetful | Fault::Late | Fault::Mixed => (Fate::Done, quick),
         }
     }
@@ -190,6 +188,8 @@ struct Call {
     key: u64,
     /// True where it changes what is on record.
     writes: bool,
+    /// How long it may take.
+    deadline: Duration,
     /// True where it does so under locks: a late commit of it keeps others waiting.
     locks: bool,
 }
@@ -210,6 +210,7 @@ impl Handle {
         (database.seed, now.as_micros(), self.place, call.name, call.key).hash(&mut hasher);
         let mut rng = Rng::with_seed(hasher.finish());
         let (fate, takes) = database.fate(&mut rng, self.place);
+        let takes = if fate == Fate::Late { takes + call.deadline } else { takes };
         let survives = rng.bool();
         let (answer, answered) = oneshot::channel();
         let transaction = transaction(
@@ -223,7 +224,7 @@ impl Handle {
         );
         drop(database.work.spawn(transaction));
         let away = |text: &str| StoreError::Unavailable(format!("{} {text}", call.name));
-        match tokio::time::timeout(CALL_DEADLINE, answered).await {
+        match tokio::time::timeout(call.deadline, answered).await {
             Ok(Ok(result)) => result,
             Ok(Err(_closed)) => Err(away("lost its answer")),
             Err(_elapsed) => Err(away("was not answered")),
@@ -270,7 +271,7 @@ async fn transaction<T: Send + 'static>(
             return;
         }
         Fate::Unanswered => {
-            tokio::time::sleep(CALL_DEADLINE * 2).await;
+            tokio::time::sleep(call.deadline * 2).await;
             return;
         }
         Fate::Done | Fate::Lost | Fate::Silent | Fate::Late => {}
@@ -299,7 +300,7 @@ async fn transaction<T: Send + 'static>(
     }
     match fate {
         Fate::Lost => drop(answer),
-        Fate::Silent => tokio::time::sleep(CALL_DEADLINE * 2).await,
+        Fate::Silent => tokio::time::sleep(call.deadline * 2).await,
         Fate::Done | Fate::Late | Fate::Refused | Fate::Conflict | Fate::Unanswered => {
             let _gone = answer.send(Ok(done));
         }

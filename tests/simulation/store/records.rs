@@ -6,7 +6,7 @@ use std::time::Duration;
 use opamp_server::agent::report::{KnownAgent, Part, PartSet};
 use opamp_server::agent::{Capabilities, InstanceUid};
 use opamp_server::clock::Moment;
-use opamp_server::close::{Cause, CloseReason};
+use opamp_server::close::CloseReason;
 use opamp_server::store::{
     AgentUpdate, ConnectionEnd, Displaced, Ended, Heir, Held, NewConnection, NewNode, NodeStart, Opened,
     Peer, Rival, Sighting, Status, StatusChange, Transport, Write, Written,
@@ -296,7 +296,7 @@ impl Records {
         let deleted = agent.order == Some((end.connection_id, CloseReason::Deleted));
         let to = if deleted || matches!(end.reason, CloseReason::UidReassigned | CloseReason::Deleted) {
             Status::Retired
-        } else if end.reason.cause() == Cause::Agent {
+        } else if end.offline_at.is_none() {
             Status::Offline
         } else {
             agent.status
@@ -347,7 +347,8 @@ impl Records {
             let proof = agent.seen.map(|seen| seen.at).max(last_proof).unwrap_or(row.connected_at).min(at);
             let polls = row.transport == Transport::Http && new.transport == Transport::Http;
             let silence = agent.seen.and_then(|seen| seen.silence).or(new.first_poll).unwrap_or_default();
-            if again || polls && proof.after(silence) >= at {
+            let deadline = proof.after(silence).max(new.excused_until.unwrap_or_default());
+            if again || polls && deadline >= at {
                 continues = Some(row.id);
             } else {
                 let reason = if polls {
@@ -534,7 +535,10 @@ impl Records {
         let heir =
             Heir { node: node.id, at: node.at, return_time: node.return_time, first_poll: node.first_poll };
         let lost_connections = self.inherit(&heir, alone);
-        let unwatched = watched_until.filter(|_| alone).map(|until| node.at.since(until));
+        // Who is not marked as ended may be dead all the same.
+        let unwatched = watched_until
+            .map(|until| node.at.since(until))
+            .filter(|unwatched| alone || *unwatched > node.lease);
         if let Some(unwatched) = unwatched {
             self.postpone(node.at, node.return_time);
             for agent in self.agents.values_mut() {
