@@ -17,21 +17,24 @@ use crate::record::{Trouble, Troubles};
 const NEXT_COMMIT: Duration = Duration::from_secs(2);
 
 /// Deals blows to a node until the storm is over.
-pub(crate) async fn strike(place: Place, mut rng: Rng, mut phase: watch::Receiver<Phase>) {
+pub(crate) async fn strike(mut place: Place, mut rng: Rng, mut phase: watch::Receiver<Phase>) {
     loop {
-        let pause = Duration::from_millis(rng.u64(800..4_000));
+        let pause = Duration::from_millis(rng.u64(500..5_000));
         let blow = match rng.u8(..10) {
             0..=3 => Blow::Kill(Duration::from_millis(rng.u64(100..2_500))),
             4..=6 => Blow::Stop(Duration::from_millis(rng.u64(1_000..8_000))),
             _ => Blow::Terminate(Duration::from_millis(rng.u64(100..2_000))),
         };
-        if wait(&mut phase, pause).await {
+        // Once the blow before is over; then the agents have some time to come.
+        let up = tokio::select! {
+            up = place.ready.wait_for(|ready| *ready) => up.is_ok(),
+            _over = phase.wait_for(|phase| *phase != Phase::Storm) => false,
+        };
+        if !up || wait(&mut phase, pause).await || place.blows.send(blow).await.is_err() {
             return;
         }
-        // Dealt once the one before is over and the node is up.
-        if place.blows.send(blow).await.is_err() {
-            return;
-        }
+        // It is dealt at once, or as soon as the node is up.
+        let _struck = timeout(Duration::from_secs(1), place.ready.wait_for(|ready| !*ready)).await;
     }
 }
 
@@ -49,7 +52,7 @@ pub(crate) async fn break_store(
     mut phase: watch::Receiver<Phase>,
 ) {
     loop {
-        let pause = Duration::from_millis(rng.u64(1_000..6_000));
+        let pause = Duration::from_millis(rng.u64(1_000..7_000));
         if wait(&mut phase, pause).await {
             return;
         }

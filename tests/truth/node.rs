@@ -28,7 +28,7 @@ pub(crate) enum Blow {
     Terminate(Duration),
 }
 
-/// Where a node is, whether it is ready, and how it is dealt a blow.
+/// Where a node is, whether it is up and left alone, and how it is dealt a blow.
 #[derive(Clone, Debug)]
 pub(crate) struct Place {
     pub(crate) agents: SocketAddr,
@@ -43,13 +43,11 @@ const RESTART: Duration = Duration::from_millis(500);
 /// How many lines of a log are kept to explain an end.
 const LAST_WORDS: usize = 5;
 
-/// What a server may say when it does not start, or ends by itself, in the middle of troubles.
-const GOOD_REASONS: [&str; 4] = [
-    "another node took this one for lost",
-    "is in use by another opamp-server",
-    "check store.url",
-    "no answer within",
-];
+/// What a server says that another node ended.
+const TAKEN_FOR_LOST: &str = "another node took this one for lost";
+
+/// What a server may say that does not start: its predecessor's lock is still there, or the store is away.
+const NO_START: [&str; 2] = ["in use by another opamp-server", "the store is unavailable"];
 
 /// Ports below those that the system gives to sockets that connect: nobody else takes them between two starts.
 fn free_port() -> SocketAddr {
@@ -143,7 +141,7 @@ impl Node {
         if !started {
             let status = life.child.wait().await?;
             self.troubles.end(down);
-            self.fell(life, status).await;
+            self.fell(life, status, &NO_START).await;
             return Ok(RESTART);
         }
         self.troubles.end(down);
@@ -151,16 +149,18 @@ impl Node {
         loop {
             tokio::select! {
                 status = life.child.wait() => {
-                    self.fell(life, status?).await;
+                    self.fell(life, status?, &[TAKEN_FOR_LOST]).await;
                     return Ok(RESTART);
                 }
                 Some(blow) = self.blows.recv() => match blow {
                     Blow::Stop(time) => {
                         let stopped = self.troubles.begin(Some(self.number), Trouble::Stopped);
+                        self.ready.send_replace(false);
                         signal(&life.child, Signal::STOP)?;
                         tokio::time::sleep(time).await;
                         signal(&life.child, Signal::CONT)?;
                         self.troubles.end(stopped);
+                        self.ready.send_replace(true);
                     }
                     Blow::Kill(pause) => {
                         let killed = self.troubles.begin(Some(self.number), Trouble::Killed);
@@ -211,11 +211,11 @@ impl Node {
         Ok(())
     }
 
-    /// The process ended by itself: it must have had a reason.
-    async fn fell(&self, mut life: Life, status: ExitStatus) {
+    /// The process ended by itself: it must have had one of these reasons.
+    async fn fell(&self, mut life: Life, status: ExitStatus, reasons: &[&str]) {
         let words = life.words().await;
         self.troubles.note(format!("node {} ended by itself, {status}: {words}", self.number));
-        if !GOOD_REASONS.iter().any(|reason| words.contains(reason)) {
+        if !reasons.iter().any(|reason| words.contains(reason)) {
             self.troubles.outrage(format!("node {} ended by itself, {status}: {words}", self.number));
         }
     }
