@@ -29,6 +29,7 @@ use std::io::Write as _;
 use std::time::{Duration, Instant};
 
 use database::Kind;
+use record::Trouble;
 use round::{Outcome, Plan, play};
 
 /// What the environment says: `scripts/truth` sets it from its arguments.
@@ -105,8 +106,8 @@ fn drive(kind: Kind) {
 
 /// What a round was, in one line.
 fn line(kind: Kind, seed: u64, outcome: &Outcome) -> String {
-    let faults: Vec<String> =
-        outcome.faults.iter().map(|(trouble, count)| format!("{trouble:?} {count}")).collect();
+    let dealt = outcome.faults.iter().filter(|(trouble, _)| !matches!(trouble, Trouble::Down | Trouble::Lag));
+    let faults: Vec<String> = dealt.map(|(trouble, count)| format!("{trouble:?} {count}")).collect();
     format!(
         "{}: seed {seed}, {} stays, {} exchanges, {} rows, {} changes of status, faults: {}; {} contradictions",
         kind.word(),

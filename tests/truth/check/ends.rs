@@ -36,7 +36,9 @@ fn reason(case: &Case<'_>, stay: &Stay, index: usize, row: &Row) -> Option<Strin
         return Some(format!("row {} ended as {said}, and the agent is connected on it", row.id));
     };
     let reason = CloseReason::from_label(said)?;
-    let troubled = case.evidence.disturbed(Some(stay.node), ended.before(TRACE), ended.after(READ));
+    // A silent end shows when the socket is given up at the latest.
+    let shown = stay.released.unwrap_or(*ended);
+    let troubled = case.evidence.disturbed(Some(stay.node), ended.before(TRACE), shown.after(READ));
     let next = case.agent.stays.get(index + 1);
     let soon_back = next.is_some_and(|next| next.hello.since(*ended) < READ);
     let own_word = match end {

@@ -46,7 +46,7 @@ fn wrongly_after(case: &Case<'_>, stay: &Stay, at: Moment) -> Option<String> {
 }
 
 fn too_early(stay: &Stay, at: Moment) -> bool {
-    stay.released.is_none_or(|released| released > at)
+    stay.released.is_none_or(|released| released > at.after(CLOCK))
         && !stay.farewell
         && stay.last_sent.after(TIMEOUT - CLOCK) > at
 }
