@@ -137,6 +137,12 @@ impl Share {
         self.cover(bytes as u64 * PER_BYTE + elements as u64 * PER_ELEMENT).await;
     }
 
+    /// True for the share of a large message.
+    #[must_use]
+    pub fn is_large(&self) -> bool {
+        self.bench.is_some() && self.asked > self.free
+    }
+
     /// The bytes that were asked for.
     #[must_use]
     pub fn asked(&self) -> u64 {
@@ -145,7 +151,7 @@ impl Share {
 
     /// Works on the message: here and now where it is small, else aside when it is its turn.
     pub async fn work<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
-        let Some(bench) = self.bench.as_ref().filter(|_| self.asked > self.free) else {
+        let Some(bench) = self.bench.as_ref().filter(|_| self.is_large()) else {
             return work();
         };
         // The bench is never closed.

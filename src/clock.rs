@@ -5,8 +5,8 @@
 //! until the next anchor. Everything else in the crate receives time as an argument or asks here.
 
 use std::fmt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -194,6 +194,34 @@ pub fn host_now() -> Moment {
     Moment(micros(elapsed))
 }
 
+/// So many a second and no more: a bucket that holds as many as one second lets through.
+#[derive(Debug)]
+pub struct Rate {
+    price: Duration,
+    /// Until when those let through so far are paid for.
+    paid_until: Mutex<Tick>,
+}
+
+impl Rate {
+    /// A rate of `per_second`, at least one.
+    #[must_use]
+    pub fn new(per_second: usize) -> Self {
+        let price = Duration::from_secs(1) / u32::try_from(per_second.max(1)).unwrap_or(u32::MAX);
+        Self { price, paid_until: Mutex::default() }
+    }
+
+    /// True where one more may come at `now`.
+    pub fn take(&self, now: Tick) -> bool {
+        let mut paid_until = self.paid_until.lock().unwrap_or_else(PoisonError::into_inner);
+        let earliest = (*paid_until).max(now.before(Duration::from_secs(1)));
+        let free = now.since(earliest) >= self.price;
+        if free {
+            *paid_until = earliest.after(self.price);
+        }
+        free
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -221,5 +249,15 @@ mod tests {
         assert_eq!(clock.moment(tick), Moment::from_micros(9_000_000));
         let last_heard = tick.before(Duration::from_hours(1));
         assert_eq!(clock.now().since(clock.moment(last_heard)), Duration::from_hours(1), "before the start");
+    }
+
+    #[test]
+    fn a_second_lets_in_so_many_and_the_next_one_as_many_again() {
+        let (rate, start) = (Rate::new(10), Tick::from_micros(10_000_000));
+        let admitted = |now: Tick| (0..100).filter(|_| rate.take(now)).count();
+        assert_eq!(admitted(start), 10, "a burst of one second's worth");
+        assert_eq!(admitted(start), 0);
+        assert_eq!(admitted(start.after(Duration::from_millis(250))), 2);
+        assert_eq!(admitted(start.after(Duration::from_mins(1))), 10, "unused seconds do not add up");
     }
 }

@@ -6,6 +6,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use tokio::sync::Notify;
+
 use crate::metrics::Metrics;
 use crate::store::StoreError;
 
@@ -14,13 +16,14 @@ use crate::store::StoreError;
 pub struct Outage {
     metrics: Arc<Metrics>,
     away: AtomicBool,
+    back: Notify,
 }
 
 impl Outage {
     /// No trouble yet.
     #[must_use]
     pub fn new(metrics: Arc<Metrics>) -> Self {
-        Self { metrics, away: AtomicBool::new(false) }
+        Self { metrics, away: AtomicBool::new(false), back: Notify::new() }
     }
 
     /// Notes that `work` has to wait because the store did not do it.
@@ -39,11 +42,17 @@ impl Outage {
         self.away.load(Ordering::Relaxed)
     }
 
+    /// Waits until the store is back from a trouble that began after the last call returned. One task waits.
+    pub async fn back(&self) {
+        self.back.notified().await;
+    }
+
     /// Notes that the store wrote again.
     pub fn written(&self) {
         // A load first: after every commit, and hardly ever anything to say.
         if self.away.load(Ordering::Relaxed) && self.away.swap(false, Ordering::Relaxed) {
             tracing::info!("the store is back");
+            self.back.notify_one();
         }
     }
 }

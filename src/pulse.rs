@@ -185,8 +185,10 @@ pub struct Beat {
     pub number: Option<u64>,
     /// The number of the last report.
     pub heard: Option<u64>,
-    /// True while a reported change is not stored: its number must not be stored either.
+    /// True while a reported change is on its way to the store: its number must not be stored either.
     pub unsaved: bool,
+    /// How many writes of changes are kept that were answered while the store was away: as above.
+    kept: u32,
     /// True where the agent promises heartbeats.
     pub heartbeats: bool,
     /// What the store was last told: when it was seen and its number.
@@ -206,6 +208,7 @@ impl Pulse {
             number,
             heard: number,
             unsaved: false,
+            kept: 0,
             heartbeats: false,
             told: (tick, number),
             gaps: [0; GAPS],
@@ -237,7 +240,7 @@ impl Pulse {
     /// The number that the stored state stands for; none while a change is unsaved.
     #[must_use]
     pub fn number(&self) -> Option<u64> {
-        self.with(|beat| beat.number.filter(|_| !beat.unsaved))
+        self.with(|beat| beat.number.filter(|_| !beat.is_unsaved()))
     }
 
     /// Notes that a report came; `unsaved` where it changed something that has to be stored first.
@@ -270,13 +273,23 @@ impl Pulse {
         self.with(|beat| beat.unsaved = false);
     }
 
+    /// Notes that a change was answered which is kept until the store is back.
+    pub fn keep(&self) {
+        self.with(|beat| beat.kept += 1);
+    }
+
+    /// Notes that a kept change is kept no more.
+    pub fn release(&self) {
+        self.with(|beat| beat.kept = beat.kept.saturating_sub(1));
+    }
+
     /// What the store has to be told of a connection last seen at `seen`: nothing while a change is
     /// unsaved, and nothing where it knows.
     #[must_use]
     pub fn untold(&self, seen: Tick) -> Option<(Tick, Option<u64>)> {
         self.with(|beat| {
             let sighting = (seen.max(beat.last_report), beat.number);
-            (!beat.unsaved && sighting != beat.told).then_some(sighting)
+            (!beat.is_unsaved() && sighting != beat.told).then_some(sighting)
         })
     }
 
@@ -292,6 +305,11 @@ impl Pulse {
 }
 
 impl Beat {
+    /// True while the stored state is behind the reported one.
+    fn is_unsaved(&self) -> bool {
+        self.unsaved || self.kept > 0
+    }
+
     /// By when the connection must be heard again.
     #[must_use]
     pub fn deadline(&self, transport: Transport, link: &Link, expected: &Expectations) -> Tick {
@@ -408,6 +426,11 @@ mod tests {
         assert_eq!(pulse.untold(at(1)), Some((at(1), Some(5))), "until the store was told");
         pulse.told((at(1), Some(5)));
         assert_eq!(pulse.untold(at(1)), None, "once is enough");
+        pulse.keep();
+        pulse.settled(Some(7), Some(7), false, true);
+        assert_eq!((pulse.untold(at(2)), pulse.number()), (None, None), "nor while one is kept");
+        pulse.release();
+        pulse.settled(Some(5), Some(5), false, false);
         assert_eq!(pulse.untold(at(2)), Some((at(2), Some(5))));
     }
 }

@@ -1,7 +1,7 @@
 //! The server: everything is built here once, from top to bottom, and stopped in the opposite order.
 //!
 //! Two listeners, one task tracker for links, one set of owner tasks (writer, monitor, sight,
-//! verdicts, sweep, retention, orders, flush, lease, clock). An owner that ends before it is told to stops the server: the next
+//! verdicts, safety net, sweep, retention, orders, flush, lease, clock). An owner that ends before it is told to stops the server: the next
 //! start tells the truth. A link's panic ends that link only.
 
 use std::net::SocketAddr;
@@ -18,18 +18,20 @@ use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
 use crate::api::{self, ApiState};
-use crate::clock::Clock;
+use crate::clock::{Clock, Rate};
 use crate::close::CloseReason;
 use crate::config::Config;
 use crate::heartbeat::HeartbeatMonitor;
 use crate::history::{History, Noticed, OpenConnection, Writer};
+use crate::lease::Lease;
 use crate::metrics::Metrics;
 use crate::orders::Orders;
 use crate::outage::Outage;
-use crate::pulse::{Expectations, Link, Pulse};
+use crate::pulse::Expectations;
 use crate::retention::Retention;
+use crate::safety::{self, Safety};
 use crate::session::hub::Hub;
-use crate::session::{Services, flush};
+use crate::session::{QUESTIONS_PER_SECOND, Services, flush};
 use crate::sight::Sight;
 use crate::store::{self, NewNode, Store, StoreError, Transport};
 use crate::sweep::{Sweep, Verdicts};
@@ -150,13 +152,17 @@ impl Server {
         own(&mut owners, "heartbeat monitor", monitor.run(stops.judging.clone()));
         restore(&services, &name, node_id, config).await?;
         own_timers(&mut owners, config, &services, node_id, &stops);
-        let lease = hold_lease(
-            Arc::clone(&services),
-            Node { id: node_id, name: name.clone(), lease: config.node.lease },
-            ended.clone(),
-            stops.writing.clone(),
-        );
-        own(&mut owners, "lease", lease);
+        let lease = Lease {
+            store: Arc::clone(&services.store),
+            history: services.history.clone(),
+            metrics: Arc::clone(&services.metrics),
+            outage: Arc::clone(&services.outage),
+            node_id,
+            name: name.clone(),
+            length: config.node.lease,
+            ended: ended.clone(),
+        };
+        own(&mut owners, "lease", lease.run(stops.writing.clone()));
 
         let links = TaskTracker::new();
         let admission = Arc::new(Admission::new(limits(config, max_connections)));
@@ -346,15 +352,15 @@ async fn assemble(
     let metrics = Arc::new(Metrics::new());
     let outage = Arc::new(Outage::new(Arc::clone(&metrics)));
     let expected = Expectations { interval: config.heartbeat.interval, timeout: config.heartbeat.timeout };
+    let sight = Arc::new(Sight::new(clock.clone(), Arc::clone(&metrics), Arc::clone(&outage)));
     let (history, writer) = History::new(
         Arc::clone(&store),
         clock.clone(),
         Arc::clone(&metrics),
-        Arc::clone(&outage),
+        Arc::clone(&sight),
         node_id,
         expected,
     );
-    let sight = Arc::new(Sight::new(clock.clone(), Arc::clone(&metrics), Arc::clone(&outage)));
     let hub = Arc::new(Hub::new(Arc::clone(&metrics)));
     let leaving = Arc::clone(&hub);
     let (watch, monitor) = HeartbeatMonitor::new(
@@ -364,8 +370,8 @@ async fn assemble(
         config.store.flush_interval,
         Box::new(move |connection| leaving.leave(connection)),
     );
-    let closing = AtomicBool::new(false);
-    let services = Services { store, history, hub, watch, clock, metrics, outage, sight, closing };
+    let (questions, closing) = (Rate::new(QUESTIONS_PER_SECOND), AtomicBool::new(false));
+    let services = Services { store, history, hub, watch, clock, metrics, outage, sight, questions, closing };
     Ok((Arc::new(services), writer, monitor))
 }
 
@@ -377,7 +383,7 @@ fn own_timers(
     node_id: Uuid,
     stops: &Stops,
 ) {
-    own(owners, "sight", Arc::clone(&services.sight).run(stops.judging.clone()));
+    own(owners, "sight", Arc::clone(&services.sight).run(stops.writing.clone()));
     let verdicts = Verdicts {
         store: Arc::clone(&services.store),
         history: services.history.clone(),
@@ -387,6 +393,13 @@ fn own_timers(
         check_interval: config.heartbeat.check_interval,
     };
     own(owners, "verdicts", verdicts.run(stops.judging.clone()));
+    let safety = Safety {
+        services: Arc::clone(services),
+        node_id,
+        check_interval: config.heartbeat.check_interval,
+        flush_interval: config.store.flush_interval,
+    };
+    own(owners, "safety net", safety.run(stops.judging.clone()));
     let sweep = Sweep {
         store: Arc::clone(&services.store),
         clock: services.clock.clone(),
@@ -512,48 +525,9 @@ async fn restore(
         );
     }
     let polled = services.store.list_polled_connections().await?;
-    let tick = services.clock.tick();
-    for poll in &polled {
-        let seen = tick.before(at.since(poll.last_seen_at));
-        let silence = poll.poll_silence_ms.map(|ms| Duration::from_millis(ms.unsigned_abs()));
-        let pulse = Pulse::resuming(seen, poll.sequence_num.map(i64::cast_unsigned), silence);
-        let link = Arc::new(Link::heard_at(seen));
-        let connection = OpenConnection::new(poll.agent_id, poll.id, Transport::Http, link, pulse);
-        connection.note_sighting(poll.last_seen_at);
-        let connection = Arc::new(connection);
-        services.hub.enter(&connection);
-        services.watch.over(connection, tick.after(expected.return_time())).await;
-    }
+    safety::watch_polls(services, &polled).await;
     tracing::info!(%node_id, name, polled = polled.len(), unwatched_seconds = started.unwatched.map(|time| time.as_secs()), "node started");
     Ok(())
-}
-
-/// This node, as it is on record.
-struct Node {
-    id: Uuid,
-    name: String,
-    lease: Duration,
-}
-
-/// Renews the node's lease three times as often as it would run out.
-async fn hold_lease(services: Arc<Services>, node: Node, ended: CancellationToken, stop: CancellationToken) {
-    while stop.run_until_cancelled(tokio::time::sleep(node.lease / 3)).await.is_some() {
-        match services.store.renew_node(node.id, services.clock.now()).await {
-            Ok(true) => {
-                services.outage.written();
-                // A database that was restarted has forgotten who holds the name.
-                if !services.store.lock_node_name(&node.name).await.unwrap_or(true) {
-                    tracing::warn!(name = node.name, "another opamp-server has taken the name of this node");
-                }
-            }
-            Ok(false) => {
-                ended.cancel();
-                stop.cancelled().await;
-                return;
-            }
-            Err(error) => services.outage.failed("the renewal of the node's lease", &error),
-        }
-    }
 }
 
 /// Anchors the clock to the database's time, at the middle of the measurement.

@@ -33,6 +33,8 @@ const KEPT: usize = 64;
 struct Blindness {
     from: Tick,
     until: Tick,
+    /// True where nothing was read meanwhile, either.
+    deaf: bool,
 }
 
 /// What this server could see, and when.
@@ -63,9 +65,12 @@ impl Sight {
             if self.outage.is_away() {
                 away_since = away_since.or(Some(last));
             } else if let Some(from) = away_since.take() {
-                self.notice(from, now, "the store was away");
+                self.notice(Blindness { from, until: now, deaf: false }, "the store was away");
             } else if now.since(last) > LATE {
-                self.notice(last, now, "the process was stopped or starved");
+                self.notice(
+                    Blindness { from: last, until: now, deaf: true },
+                    "the process was stopped or starved",
+                );
             }
             // Last, so that whoever judges by a fresh look knows of every blindness before it.
             self.last_look.store(now.as_micros(), Ordering::Release);
@@ -77,16 +82,17 @@ impl Sight {
     }
 
     /// Notes a blindness and says so, once.
-    fn notice(&self, from: Tick, until: Tick, cause: &str) {
-        let length = until.since(from);
+    fn notice(&self, blindness: Blindness, cause: &str) {
+        let length = blindness.until.since(blindness.from);
         self.with(|past| {
             if past.len() == KEPT
                 && let Some(oldest) = past.pop_front()
                 && let Some(next) = past.front_mut()
             {
                 next.from = oldest.from;
+                next.deaf |= oldest.deaf;
             }
-            past.push_back(Blindness { from, until });
+            past.push_back(blindness);
         });
         self.noticed.fetch_add(1, Ordering::Release);
         // Whole seconds, rounded up: the server forgives rather too much than too little.
@@ -119,6 +125,26 @@ impl Sight {
         self.with(|past| past.iter().rev().map(|blind| blind.until.since(blind.from.max(seen))).sum())
     }
 
+    /// What is proved by a sign of life that was read at `seen`: who is read after this process was
+    /// stopped was there when it began, and nobody knows how much longer.
+    #[must_use]
+    pub fn proof(&self, seen: Tick) -> Tick {
+        let last_look = self.last_look();
+        let unnoticed = (seen.since(last_look) > LATE).then_some(last_look);
+        let noticed = self.with(|past| {
+            let covers =
+                |blind: &&Blindness| blind.deaf && blind.from < seen && seen <= blind.until.after(SETTLE);
+            past.iter().find(covers).map(|blind| blind.from)
+        });
+        noticed.or(unnoticed).unwrap_or(seen)
+    }
+
+    /// The store's trouble, which blinds as well.
+    #[must_use]
+    pub fn outage(&self) -> &Arc<Outage> {
+        &self.outage
+    }
+
     /// How many blindnesses were noticed so far.
     #[must_use]
     pub fn noticed(&self) -> usize {
@@ -145,7 +171,7 @@ mod tests {
         let seen = clock.tick();
         tokio::time::advance(Duration::from_secs(10)).await;
         assert!(!sight.can_judge(clock.tick()), "nobody has looked for ten seconds");
-        sight.notice(seen, clock.tick(), "stopped");
+        sight.notice(Blindness { from: seen, until: clock.tick(), deaf: true }, "stopped");
         sight.last_look.store(clock.tick().as_micros(), Ordering::Release);
         assert!(!sight.can_judge(clock.tick()), "what arrived meanwhile is to be read first");
         tokio::time::advance(SETTLE).await;
@@ -153,6 +179,23 @@ mod tests {
         assert_eq!(sight.blindness_since(seen), Duration::from_secs(10));
         assert_eq!(sight.blindness_since(seen.after(Duration::from_secs(4))), Duration::from_secs(6));
         assert_eq!(sight.blindness_since(clock.tick()), Duration::ZERO);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_is_read_after_a_stop_proves_nothing_of_the_time_before() {
+        let (sight, _, clock) = sight();
+        let began = clock.tick();
+        assert_eq!(sight.proof(began), began);
+        tokio::time::advance(Duration::from_secs(10)).await;
+        let resumed = clock.tick();
+        assert_eq!(sight.proof(resumed), began, "also before it was noticed");
+        sight.notice(Blindness { from: began, until: resumed, deaf: true }, "stopped");
+        sight.last_look.store(resumed.as_micros(), Ordering::Release);
+        assert_eq!(sight.proof(resumed.after(SETTLE)), began);
+        let later = resumed.after(SETTLE).after(Duration::from_millis(1));
+        sight.last_look.store(later.as_micros(), Ordering::Release);
+        assert_eq!(sight.proof(later), later);
+        assert_eq!(sight.proof(began), began, "what was read before it stands");
     }
 
     #[tokio::test(start_paused = true)]
@@ -181,7 +224,8 @@ mod tests {
         let (sight, _, _) = sight();
         let at = |second: usize| Tick::from_micros(second as u64 * 1_000_000);
         for number in 0..=KEPT {
-            sight.notice(at(number * 10), at(number * 10 + 1), "a test");
+            let blindness = Blindness { from: at(number * 10), until: at(number * 10 + 1), deaf: false };
+            sight.notice(blindness, "a test");
         }
         assert_eq!(sight.with(|past| past.len()), KEPT);
         assert!(sight.blindness_since(at(0)) >= Duration::from_secs(KEPT as u64 + 1));

@@ -101,6 +101,31 @@ impl Documents {
     }
 }
 
+impl Documents {
+    /// These documents and, where they say something, the `newer` ones of the same agent.
+    #[must_use]
+    pub fn followed_by(self, newer: Self) -> Self {
+        let components = if newer.components_hash.is_some() && newer.components_hash != self.components_hash {
+            newer.components
+        } else {
+            newer.components.or(self.components)
+        };
+        Self {
+            description: newer.description.or(self.description),
+            health: newer.health.or(self.health),
+            healthy: newer.healthy.or(self.healthy),
+            effective_config: newer.effective_config.or(self.effective_config),
+            remote_config_status: newer.remote_config_status.or(self.remote_config_status),
+            sync_revision: newer.sync_revision.or(self.sync_revision),
+            package_statuses: newer.package_statuses.or(self.package_statuses),
+            custom_capabilities: newer.custom_capabilities.or(self.custom_capabilities),
+            components_hash: newer.components_hash.or(self.components_hash),
+            components,
+            connection_settings_status: newer.connection_settings_status.or(self.connection_settings_status),
+        }
+    }
+}
+
 /// Text both databases take: NUL becomes U+FFFD.
 #[must_use]
 pub fn clean(text: String) -> String {
@@ -373,6 +398,23 @@ mod tests {
         assert_eq!(documents.healthy, Some(true));
         assert_eq!(documents.description, None);
         assert!(report.health.is_none() && report.agent_description.is_some());
+    }
+
+    #[test]
+    fn newer_documents_replace_older_ones_part_by_part() {
+        let older = Documents {
+            healthy: Some(true),
+            health: Some(json!(1)),
+            components_hash: Some("aa".to_owned()),
+            components: Some(json!({ "old": 1 })),
+            ..Documents::default()
+        };
+        let newer = Documents { health: Some(json!(2)), ..Documents::default() };
+        let both = older.clone().followed_by(newer);
+        assert_eq!((both.health, both.healthy), (Some(json!(2)), Some(true)));
+        assert_eq!(both.components, Some(json!({ "old": 1 })));
+        let other = Documents { components_hash: Some("bb".to_owned()), ..Documents::default() };
+        assert_eq!(older.followed_by(other).components, None, "the inventory of another hash");
     }
 
     #[test]

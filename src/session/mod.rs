@@ -19,16 +19,20 @@ use crate::agent::offer::{Answer, Refusal, compose, refuse};
 use crate::agent::report::{AgentState, Change, Kind, PartSet, digest_of_bytes};
 use crate::agent::{InstanceUid, Sender, is_legacy};
 use crate::burden::Share;
-use crate::clock::{Clock, Tick};
+use crate::clock::{Clock, Rate, Tick};
 use crate::close::{Cause, CloseReason};
 use crate::heartbeat::Watch;
-use crate::history::{EndTicket, History, Noticed, OpenConnection, Opening, Opens};
+use crate::history::{EndTicket, History, Noticed, OpenConnection, Opening, Opens, Saved};
 use crate::metrics::{DecodeFailure, Metrics, OfferKind, Refused};
 use crate::outage::Outage;
 use crate::proto::{AgentCapabilities, AgentToServer, ServerToAgent};
 use crate::pulse::{Link, Pulse};
 use crate::sight::Sight;
 use crate::store::{AgentUpdate, Rival, Store, StoreError, Transport};
+
+/// How many agents are asked for their full state in a second: after a crash many are to be, and each
+/// answers with a large report. Who is not asked at once is asked later.
+pub const QUESTIONS_PER_SECOND: usize = 500;
 
 /// How long an agent is told to stay away when the store cannot take its report, in seconds.
 const RETRY_AFTER_SECONDS: u64 = 30;
@@ -51,6 +55,8 @@ pub struct Services {
     pub outage: Arc<Outage>,
     /// Whether the server itself was blind.
     pub sight: Arc<Sight>,
+    /// Whose turn it is to be asked for full state.
+    pub questions: Rate,
     /// True once the server stops: no session opens any more.
     pub closing: AtomicBool,
 }
@@ -115,6 +121,8 @@ pub struct Session {
     answered: Answer,
     /// The other agent that speaks under the same uid on the same link.
     rival: Option<Box<Rival>>,
+    /// True where its full state is needed and it was not asked yet: others were before it.
+    owes_state: bool,
 }
 
 /// Whose conversation a first report opened.
@@ -159,7 +167,8 @@ impl Session {
         connection.note_sighting(opened.seen_at);
         let connection = Arc::new(connection);
         let services = Arc::clone(services);
-        let session = Self { services, connection, state, answered: Answer::default(), rival: None };
+        let session =
+            Self { services, connection, state, answered: Answer::default(), rival: None, owes_state: false };
         session.services.hub.enter(&session.connection);
         session.services.watch.over(Arc::clone(&session.connection), Tick::default()).await;
         Ok(Opened::Session(session))
@@ -182,7 +191,7 @@ impl Session {
     /// `None` where the report wants more: nothing has happened then.
     #[must_use]
     pub fn beat(&mut self, report: &AgentToServer, bytes: &[u8]) -> Option<ServerToAgent> {
-        if self.connection.ended().is_some() {
+        if self.connection.ended().is_some() || self.connection.forgot() || self.owes_state {
             return None;
         }
         let (next, change) = self.state.absorb(report, digest_of_bytes(bytes));
@@ -200,16 +209,34 @@ impl Session {
         Some(compose(&report.instance_uid, self.answered))
     }
 
+    /// True where the agent is asked for its full state now: whoever needs it is asked, a few at a time.
+    fn asks(&mut self, wanted: bool) -> bool {
+        self.owes_state |= wanted;
+        let asks = self.owes_state && self.services.questions.take(self.services.clock.tick());
+        self.owes_state &= !asks;
+        asks
+    }
+
+    /// The question for full state, where it is owed and its turn has come.
+    pub fn overdue_question(&mut self) -> Option<ServerToAgent> {
+        let question = Answer { ask_full_state: true, new_uid: None };
+        self.asks(false).then(|| compose(self.connection.agent.as_bytes(), question))
+    }
+
     /// Takes over a state whose changes, if any, are stored.
     fn adopt(&mut self, next: AgentState, change: Change, quiet: bool) {
         let heartbeats = next.capabilities().has(AgentCapabilities::ReportsHeartbeat);
         self.connection.pulse.settled(next.stored_number(), next.number(), heartbeats, quiet);
         self.state = next;
-        self.answered = Answer { ask_full_state: change.ask_full_state, new_uid: None };
+        self.answered = Answer { ask_full_state: self.asks(change.ask_full_state), new_uid: None };
     }
 
     /// Takes one report.
     async fn on_report(&mut self, inbound: &mut Inbound, heard: Tick) -> Result<Taken, Refusal> {
+        if self.connection.forgot() {
+            self.connection.asked();
+            self.state.forget();
+        }
         let (state, digest) = (self.state, inbound.digest);
         let (next, change) = inbound.work(move |report| state.absorb(report, digest)).await;
         let report = &inbound.report;
@@ -249,7 +276,7 @@ impl Session {
         parts: PartSet,
         heard: Tick,
     ) -> Result<(), Refusal> {
-        let at = self.services.clock.moment(heard);
+        let at = self.services.clock.moment(self.services.sight.proof(heard));
         self.connection.note_sighting(at);
         let update = AgentUpdate {
             agent: self.connection.agent,
@@ -259,9 +286,11 @@ impl Session {
             capabilities: next.capabilities(),
             documents: inbound.work(move |report| Documents::take(report, parts)).await,
         };
-        match self.services.history.save(update, inbound.share.take()).await {
-            Ok(true) => Ok(()),
-            Ok(false) => {
+        match self.services.history.save(&self.connection, update, inbound.share.take()).await {
+            // A change that is kept is answered as if it were stored: should the process crash before it is,
+            // the stored number does not continue, and full state is asked for.
+            Ok(Saved::Stored | Saved::Kept) => Ok(()),
+            Ok(Saved::Superseded) => {
                 // Another node opened a newer connection of this agent.
                 self.connection.abandon(CloseReason::Superseded);
                 Err(unavailable())

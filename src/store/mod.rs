@@ -35,7 +35,7 @@ use uuid::Uuid;
 pub use agents::{AgentDetail, AgentFilter, AgentRow, AgentSummary, Sighting};
 pub use connections::{ConnectionRow, HistoryFilter, PolledConnection};
 pub use migrations::{MigrationState, Migrations};
-pub use nodes::{NewNode, NodeStart};
+pub use nodes::{Heir, Held, NewNode, NodeStart, Peer};
 pub use orders::{CloseOrder, Deleted, Deletion, Reconnect};
 pub use retention::Forgotten;
 pub use status_log::Transition;
@@ -336,6 +336,20 @@ pub trait NodeStore: Send + Sync {
 
     /// Renews a node's lease; false where the node was marked as ended.
     async fn renew_node(&self, node: Uuid, at: Moment) -> Result<bool, StoreError>;
+
+    /// The other nodes that are not marked as ended.
+    async fn list_peers(&self, node: Uuid) -> Result<Vec<Peer>, StoreError>;
+
+    /// Marks a node that did not renew its lease as ended and ends what it left open as `server_lost`,
+    /// once: none where it renewed meanwhile, was ended by another, or the heir was ended itself.
+    /// Otherwise how many connections ended.
+    async fn end_lost_node(&self, lost: &Peer, heir: &Heir) -> Result<Option<u64>, StoreError>;
+
+    /// Ends what ended nodes left open after all, as `server_lost`; answers how many connections.
+    async fn end_strays(&self, heir: &Heir) -> Result<u64, StoreError>;
+
+    /// The open connections that are on record as held by a node.
+    async fn list_held_connections(&self, node: Uuid) -> Result<Vec<Held>, StoreError>;
 
     /// Marks a node as ended in an orderly way.
     async fn end_node(&self, node: Uuid, at: Moment) -> Result<(), StoreError>;

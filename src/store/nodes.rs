@@ -1,4 +1,4 @@
-//! Nodes: the lock on a name, the lease, and what a starting node does about those that are gone.
+//! Nodes: the lock on a name, the lease, and what a node does about those that are gone.
 
 use std::time::Duration;
 
@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::dialect::{Dialect, LockPlace, NameLock, SqlStore, bounded, failure, sql};
 use super::status_log::log_row;
 use super::{NodeStore, Status, StatusChange, StoreError};
+use crate::agent::InstanceUid;
 use crate::clock::{Moment, micros};
 use crate::close::CloseReason;
 
@@ -31,6 +32,43 @@ pub struct NewNode {
     pub first_poll: Duration,
 }
 
+/// The node that ends what others left open, and by which rules.
+#[derive(Clone, Copy, Debug)]
+pub struct Heir {
+    /// Which node.
+    pub node: Uuid,
+    /// When it does so.
+    pub at: Moment,
+    /// How long agents cut off by the server have to return before they count as offline.
+    pub return_time: Duration,
+    /// How long a poller may be silent whose pace is not on record.
+    pub first_poll: Duration,
+}
+
+/// Another node that is not marked as ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Which one.
+    pub id: Uuid,
+    /// Its name.
+    pub name: String,
+    /// When it last renewed its lease, by its own account: told apart, not compared with a clock.
+    pub renewed_at: Moment,
+    /// For how long a renewal holds.
+    pub lease: Duration,
+}
+
+/// A connection that a node holds, by the record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Its id.
+    pub id: i64,
+    /// Its agent.
+    pub agent: InstanceUid,
+    /// When the agent was last seen.
+    pub last_seen_at: Moment,
+}
+
 /// What a starting node found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NodeStart {
@@ -51,6 +89,8 @@ where
     for<'r> (Uuid,): FromRow<'r, D::Row>,
     for<'r> (Option<Moment>,): FromRow<'r, D::Row>,
     for<'r> (Uuid, String, i64): FromRow<'r, D::Row>,
+    for<'r> (Uuid, String, Moment, i64): FromRow<'r, D::Row>,
+    for<'r> (i64, Uuid, Moment): FromRow<'r, D::Row>,
     for<'r> (Moment,): FromRow<'r, D::Row>,
     usize: ColumnIndex<D::Row>,
     for<'q> &'q str: Encode<'q, D> + Type<D>,
@@ -119,12 +159,47 @@ where
         Ok(())
     }
 
+    async fn list_peers(&self, node: Uuid) -> Result<Vec<Peer>, StoreError> {
+        let query = sqlx::query_as(
+            "SELECT id, name, renewed_at, lease_ms FROM nodes WHERE ended_at IS NULL AND id <> $1 ORDER BY id",
+        );
+        let peers: Vec<(Uuid, String, Moment, i64)> =
+            bounded(async { query.bind(node).fetch_all(&self.readers).await.map_err(failure::<D>) }).await?;
+        let peer = |(id, name, renewed_at, lease_ms): (Uuid, String, Moment, i64)| {
+            let lease = Duration::from_millis(lease_ms.unsigned_abs());
+            Peer { id, name, renewed_at, lease }
+        };
+        Ok(peers.into_iter().map(peer).collect())
+    }
+
+    async fn end_lost_node(&self, lost: &Peer, heir: &Heir) -> Result<Option<u64>, StoreError> {
+        bounded(self.end_lost(lost, heir)).await
+    }
+
+    async fn end_strays(&self, heir: &Heir) -> Result<u64, StoreError> {
+        bounded(async {
+            let mut tx = self.begin().await?;
+            let ended = Self::inherit(&mut tx, heir, false).await?;
+            tx.commit().await.map_err(failure::<D>)?;
+            Ok(ended)
+        })
+        .await
+    }
+
+    async fn list_held_connections(&self, node: Uuid) -> Result<Vec<Held>, StoreError> {
+        let query = sqlx::query_as(
+            "SELECT c.id, c.agent_id, coalesce(l.last_seen_at, c.connected_at)
+             FROM agent_connection_history c LEFT JOIN agent_liveness l ON l.agent_id = c.agent_id
+             WHERE c.disconnected_at IS NULL AND c.node_id = $1 ORDER BY c.id",
+        );
+        let held: Vec<(i64, Uuid, Moment)> =
+            bounded(async { query.bind(node).fetch_all(&self.readers).await.map_err(failure::<D>) }).await?;
+        let held = held.into_iter();
+        Ok(held.map(|(id, agent, last_seen_at)| Held { id, agent: agent.into(), last_seen_at }).collect())
+    }
+
     async fn has_living_peer(&self, node: Uuid) -> Result<bool, StoreError> {
-        let query = sqlx::query_as("SELECT id FROM nodes WHERE ended_at IS NULL AND id <> $1 LIMIT 1");
-        let peer: Option<(Uuid,)> =
-            bounded(async { query.bind(node).fetch_optional(&self.readers).await.map_err(failure::<D>) })
-                .await?;
-        Ok(peer.is_some())
+        Ok(!self.list_peers(node).await?.is_empty())
     }
 }
 
@@ -247,10 +322,9 @@ where
                 .map_err(failure::<D>)?;
         let alone = peer.is_none();
         let unwatched = watched_until.filter(|_| alone).map(|until| node.at.since(until));
-        Self::lock_agents_of_lost(&mut tx, node, alone).await?;
-        let lost_connections = Self::end_lost_connections(&mut tx, node, alone).await?;
-        Self::retire_deleted(&mut tx, node).await?;
-        Self::rename_displaced(&mut tx, node).await?;
+        let heir =
+            Heir { node: node.id, at: node.at, return_time: node.return_time, first_poll: node.first_poll };
+        let lost_connections = Self::inherit(&mut tx, &heir, alone).await?;
         if let Some(unwatched) = unwatched {
             Self::move_verdicts(&mut tx, node.at, node.return_time).await?;
             Self::move_stale_clocks(&mut tx, unwatched).await?;
@@ -259,10 +333,44 @@ where
         Ok(NodeStart { lost_connections, alone, unwatched })
     }
 
-    /// Locks the agents that a start may change in the order of every writer, so that nobody waits in a circle.
+    /// Marks a node as ended and ends what it left open; none where it moved meanwhile, or was ended, or the
+    /// heir itself was.
+    async fn end_lost(&self, lost: &Peer, heir: &Heir) -> Result<Option<u64>, StoreError> {
+        let mut tx = self.begin().await?;
+        let marked: Option<(Uuid,)> = sqlx::query_as(
+            "UPDATE nodes SET ended_at = $3, ended_by = $2
+             WHERE id = $1 AND ended_at IS NULL AND renewed_at = $4
+                 AND EXISTS (SELECT 1 FROM nodes h WHERE h.id = $2 AND h.ended_at IS NULL)
+             RETURNING id",
+        )
+        .bind(lost.id)
+        .bind(heir.node)
+        .bind(heir.at)
+        .bind(lost.renewed_at)
+        .fetch_optional(&mut *tx)
+        .await
+        .map_err(failure::<D>)?;
+        if marked.is_none() {
+            return Ok(None);
+        }
+        let ended = Self::inherit(&mut tx, heir, false).await?;
+        tx.commit().await.map_err(failure::<D>)?;
+        Ok(Some(ended))
+    }
+
+    /// Ends what ended nodes left open; `alone` where no other node lives.
+    async fn inherit(tx: &mut Transaction<'_, D>, heir: &Heir, alone: bool) -> Result<u64, StoreError> {
+        Self::lock_agents_of_lost(tx, heir, alone).await?;
+        let ended = Self::end_lost_connections(tx, heir, alone).await?;
+        Self::retire_deleted(tx, heir).await?;
+        Self::rename_displaced(tx, heir).await?;
+        Ok(ended)
+    }
+
+    /// Locks the agents that an heir may change in the order of every writer, so that nobody waits in a circle.
     async fn lock_agents_of_lost(
         tx: &mut Transaction<'_, D>,
-        node: &NewNode,
+        heir: &Heir,
         alone: bool,
     ) -> Result<(), StoreError> {
         if D::LOCK_AGENTS.is_empty() {
@@ -277,9 +385,9 @@ where
             D::LOCK_AGENTS
         );
         sqlx::query(sql(text))
-            .bind(node.at)
-            .bind(micros(node.first_poll))
-            .bind(node.id)
+            .bind(heir.at)
+            .bind(micros(heir.first_poll))
+            .bind(heir.node)
             .execute(&mut **tx)
             .await
             .map_err(failure::<D>)?;
@@ -289,7 +397,7 @@ where
     /// Ends what ended nodes left open, and, where nobody else could have heard them, polls that stopped.
     async fn end_lost_connections(
         tx: &mut Transaction<'_, D>,
-        node: &NewNode,
+        heir: &Heir,
         alone: bool,
     ) -> Result<u64, StoreError> {
         use super::agents::Affected as _;
@@ -308,8 +416,8 @@ where
             D::seconds("c.connected_at", &proof)
         );
         let ended = sqlx::query(sql(text))
-            .bind(node.at)
-            .bind(micros(node.first_poll))
+            .bind(heir.at)
+            .bind(micros(heir.first_poll))
             .execute(&mut **tx)
             .await
             .map_err(failure::<D>)?;
@@ -325,8 +433,8 @@ where
             D::shifted("$1", "$2")
         );
         sqlx::query(sql(text))
-            .bind(node.at)
-            .bind(micros(node.return_time))
+            .bind(heir.at)
+            .bind(micros(heir.return_time))
             .execute(&mut **tx)
             .await
             .map_err(failure::<D>)?;
@@ -334,7 +442,7 @@ where
     }
 
     /// A node that was lost before it closed the connection of a deleted agent closed it by being lost.
-    async fn retire_deleted(tx: &mut Transaction<'_, D>, node: &NewNode) -> Result<(), StoreError> {
+    async fn retire_deleted(tx: &mut Transaction<'_, D>, heir: &Heir) -> Result<(), StoreError> {
         let orphans = format!(
             "close_connection IS NOT NULL AND close_reason = '{}' AND connection_id IS NULL",
             CloseReason::Deleted.label()
@@ -346,7 +454,7 @@ where
             "UPDATE agents SET status = 'retired', status_since = $1, retired_at = $1, offline_at = NULL,
                  stale_from = NULL, close_connection = NULL, close_reason = NULL WHERE {orphans}"
         );
-        sqlx::query(sql(text)).bind(node.at).execute(&mut **tx).await.map_err(failure::<D>)?;
+        sqlx::query(sql(text)).bind(heir.at).execute(&mut **tx).await.map_err(failure::<D>)?;
         let log = deleted.into_iter().map(|(id, status, connection_id)| {
             let change = StatusChange {
                 agent: id.into(),
@@ -355,13 +463,13 @@ where
                 reason: CloseReason::Deleted.label().to_owned(),
                 connection_id: Some(connection_id),
             };
-            log_row(&change, node.at, Some(node.id))
+            log_row(&change, heir.at, Some(heir.node))
         });
         Self::write_log(tx, log.collect()).await
     }
 
     /// Rows displaced since the last renewal of a node that this start ended: its agents fled from it.
-    async fn rename_displaced(tx: &mut Transaction<'_, D>, node: &NewNode) -> Result<(), StoreError> {
+    async fn rename_displaced(tx: &mut Transaction<'_, D>, heir: &Heir) -> Result<(), StoreError> {
         let (from, to) = (CloseReason::Superseded.label(), CloseReason::ServerLost.label());
         let fled = fled("$1");
         for text in [
@@ -373,7 +481,7 @@ where
                 "UPDATE agent_connection_history SET disconnect_reason = '{to}' WHERE id IN (SELECT c.id {fled})"
             ),
         ] {
-            sqlx::query(sql(text)).bind(node.id).execute(&mut **tx).await.map_err(failure::<D>)?;
+            sqlx::query(sql(text)).bind(heir.node).execute(&mut **tx).await.map_err(failure::<D>)?;
         }
         Ok(())
     }

@@ -15,14 +15,19 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::{Answer, text};
 use crate::burden::Budget;
-use crate::clock::{Clock, Tick};
+use crate::clock::Rate;
+
 use crate::config::Secret;
+use crate::history::History;
 use crate::metrics::Refused;
 use crate::pulse::Link;
 use crate::site::{self, Foreign};
 
 /// Seconds after which a refused agent may come back: spread, so that they do not come at once.
 const COME_BACK: std::ops::RangeInclusive<u32> = 30..=60;
+
+/// How long the writes that wait for the store may take at its present pace before newcomers have to come later.
+const LONGEST_QUEUE: Duration = Duration::from_secs(2);
 
 /// How many sockets beyond `agents.max_connections` are kept until they are answered that it is full.
 const DOORWAY: usize = 64;
@@ -105,29 +110,9 @@ pub struct Admission {
     closed: AtomicBool,
     /// The open links, to wake them when the server stops.
     links: Mutex<Links>,
-    rate: Mutex<Rate>,
+    rate: Rate,
     /// Room for those who find every place taken, while they are told so.
     doorway: Arc<Semaphore>,
-}
-
-/// Newcomers in the last second: a bucket that holds as many as one second lets in.
-#[derive(Debug, Default)]
-struct Rate {
-    /// Until when the places given so far are paid for.
-    paid_until: Tick,
-}
-
-impl Rate {
-    /// True where one more may come at `now`.
-    fn take(&mut self, now: Tick, per_second: usize) -> bool {
-        let price = Duration::from_secs(1) / u32::try_from(per_second.max(1)).unwrap_or(u32::MAX);
-        let earliest = self.paid_until.max(now.before(Duration::from_secs(1)));
-        let free = now.since(earliest) >= price;
-        if free {
-            self.paid_until = earliest.after(price);
-        }
-        free
-    }
 }
 
 #[derive(Debug, Default)]
@@ -154,7 +139,7 @@ impl Admission {
     #[must_use]
     pub fn new(limits: Limits) -> Self {
         let budget = Budget::new(limits.max_inflight);
-        let (links, rate) = (Mutex::default(), Mutex::default());
+        let (links, rate) = (Mutex::default(), Rate::new(limits.max_connects_per_second));
         let doorway = Arc::new(Semaphore::new(DOORWAY));
         Self { limits, budget, closed: AtomicBool::new(false), links, rate, doorway }
     }
@@ -170,10 +155,10 @@ impl Admission {
         &self.budget
     }
 
-    /// True where one more newcomer is let in now; counts it.
-    pub(super) fn admits_newcomer(&self, clock: &Clock) -> bool {
-        let mut rate = self.rate.lock().unwrap_or_else(PoisonError::into_inner);
-        rate.take(clock.tick(), self.limits.max_connects_per_second)
+    /// True where one more newcomer is let in now; counts it. None is while openings queue up:
+    /// whoever is let in is answered soon.
+    pub(super) fn admits_newcomer(&self, history: &History) -> bool {
+        history.delay() <= LONGEST_QUEUE && self.rate.take(history.clock().tick())
     }
 
     /// How many links are open.
@@ -291,20 +276,6 @@ mod tests {
         assert_eq!(status("authorization", "Basic 123456"), 401);
         assert_eq!(status("authorization", "B"), 401);
         assert_eq!(status("accept", "*/*"), 401);
-    }
-
-    #[test]
-    fn a_second_lets_in_so_many_and_the_next_one_as_many_again() {
-        let (mut rate, start) = (Rate::default(), Tick::from_micros(10_000_000));
-        let admitted = |rate: &mut Rate, now: Tick| (0..100).filter(|_| rate.take(now, 10)).count();
-        assert_eq!(admitted(&mut rate, start), 10, "a burst of one second's worth");
-        assert_eq!(admitted(&mut rate, start), 0);
-        assert_eq!(admitted(&mut rate, start.after(Duration::from_millis(250))), 2);
-        assert_eq!(
-            admitted(&mut rate, start.after(Duration::from_mins(1))),
-            10,
-            "unused seconds do not add up"
-        );
     }
 
     #[test]

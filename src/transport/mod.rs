@@ -222,7 +222,7 @@ impl Context {
             std::mem::replace(&mut *place.lock().unwrap_or_else(PoisonError::into_inner), Err(Denied::Full));
         let place = match place {
             Ok(_) if self.services.outage.is_away() => return closing(self.deny(Denied::Store)),
-            Ok(place) if self.admission.admits_newcomer(&self.services.clock) => place,
+            Ok(place) if self.admission.admits_newcomer(&self.services.history) => place,
             Ok(_) => return closing(self.deny(Denied::Rate)),
             Err(denied) => return closing(self.deny(denied)),
         };

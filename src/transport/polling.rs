@@ -115,7 +115,7 @@ async fn exchanged(
     let newcomer = services.hub.get(agent).is_none();
     let refused = if newcomer && services.outage.is_away() {
         Some(Refused::Store)
-    } else if newcomer && !admission.admits_newcomer(&services.clock) {
+    } else if newcomer && !admission.admits_newcomer(&services.history) {
         Some(Refused::Rate)
     } else {
         None

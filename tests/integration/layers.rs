@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// The modules from the bottom; each may know those of the groups before its own, and no others.
-const ORDER: [&[&str]; 13] = [
+const ORDER: [&[&str]; 14] = [
     &["proto", "clock", "close", "config", "site", "burden"],
     &["agent", "wire"],
     &["store"],
@@ -16,8 +16,9 @@ const ORDER: [&[&str]; 13] = [
     &["sight"],
     &["pulse"],
     &["history"],
-    &["heartbeat", "sweep", "retention"],
+    &["heartbeat", "sweep", "retention", "lease"],
     &["session"],
+    &["safety"],
     &["orders", "transport"],
     &["api"],
     &["server", "healthcheck"],

@@ -4,6 +4,7 @@ mod blindness;
 mod conformance;
 mod crowd;
 mod defects;
+mod faults;
 mod golden;
 mod harness;
 mod layers;

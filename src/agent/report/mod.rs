@@ -268,6 +268,13 @@ impl AgentState {
         self.known_agent = true;
     }
 
+    /// Notes that a change which was answered could not be stored after all: everything is asked for once more.
+    pub fn forget(&mut self) {
+        self.broken = true;
+        self.known_agent = true;
+        self.digests = [None; Part::ALL.len()];
+    }
+
     /// What `report` makes of this state. `digest` is over the report's bytes, see [`digest_of_bytes`].
     ///
     /// The caller adopts the new state once the change is durable; until then the old one stands,

@@ -79,6 +79,14 @@ pub struct AgentUpdate {
     pub documents: Documents,
 }
 
+impl AgentUpdate {
+    /// This update and a `newer` one of the same connection as one.
+    #[must_use]
+    pub fn followed_by(self, newer: Self) -> Self {
+        Self { at: self.at.max(newer.at), documents: self.documents.followed_by(newer.documents), ..newer }
+    }
+}
+
 /// The end of a connection.
 #[derive(Clone, Debug)]
 pub struct ConnectionEnd {
@@ -262,6 +270,23 @@ where
     for<'q> Json<&'q Value>: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
+    /// Makes sure that the node which opens connections is not marked as ended, nor will be before the commit.
+    ///
+    /// Nodes are locked ahead of agents, by whoever ends one as well.
+    async fn hold_node(tx: &mut Transaction<'_, D>, news: &[&NewConnection]) -> Result<(), StoreError> {
+        let Some(new) = news.first().filter(|_| !D::SINGLE_NODE) else { return Ok(()) };
+        let living: Option<(Uuid,)> =
+            sqlx::query_as("SELECT id FROM nodes WHERE id = $1 AND ended_at IS NULL FOR SHARE")
+                .bind(new.node_id)
+                .fetch_optional(&mut **tx)
+                .await
+                .map_err(failure::<D>)?;
+        if living.is_none() {
+            return Err(StoreError::Unavailable("another node took this one for lost".to_owned()));
+        }
+        Ok(())
+    }
+
     async fn write_batch(&self, writes: &[Write]) -> Result<Vec<Written>, StoreError> {
         let (mut updates, mut ends, mut news) = (Vec::new(), Vec::new(), Vec::new());
         for write in writes {
@@ -272,6 +297,7 @@ where
             }
         }
         let mut tx = self.begin().await?;
+        Self::hold_node(&mut tx, &news).await?;
         Self::insert_agents(&mut tx, &news).await?;
         let ids: Vec<InstanceUid> = writes.iter().map(Write::agent).collect();
         Self::lock_agents(&mut tx, &ids).await?;

@@ -23,7 +23,7 @@ use tokio_tungstenite::tungstenite::{Bytes, Error};
 use super::admission::{Admission, Place};
 use super::intake::{self, Unfit};
 use super::io::{Bearer, Metered};
-use crate::agent::offer::Refusal;
+use crate::agent::offer::{Answer, Refusal, compose};
 use crate::agent::{InstanceUid, Sender};
 use crate::burden::{SMALL, Share};
 use crate::clock::Tick;
@@ -81,6 +81,7 @@ pub(super) async fn link(
         speaker: None,
         malformed: 0,
         lonely_since,
+        curious: false,
     };
     // In a box, because a future keeps every argument twice: this is what an idle agent costs.
     Some(Box::new(LinkTask { socket, agents, _place: place }).run())
@@ -125,6 +126,8 @@ struct Agents {
     malformed: u32,
     /// Since when nobody is on the link.
     lonely_since: Option<Tick>,
+    /// True where a session is to be asked something before it reports by itself.
+    curious: bool,
 }
 
 /// What to do about a message.
@@ -165,10 +168,17 @@ where
                     other => self.agents.on_other(other),
                 },
                 () = &mut timer => match self.agents.on_timer(timer.as_mut()) {
-                    Ok(true) => self.send(Message::Ping(Bytes::new())).await,
+                    Ok(true) => {
+                        self.agents.curious = true;
+                        self.send(Message::Ping(Bytes::new())).await
+                    }
                     Ok(false) => Ok(()),
                     Err(end) => Err(end),
                 },
+            };
+            let step = match step {
+                Ok(()) if self.agents.curious => self.ask().await,
+                step => step,
             };
             if let Err(end) = step {
                 return end;
@@ -197,6 +207,15 @@ where
         }
         // A session that a newer connection displaced meanwhile must not speak again.
         self.agents.look_around()
+    }
+
+    /// Asks those for their full state who are to be asked: who lost its row, or was not asked in its turn.
+    async fn ask(&mut self) -> Result<(), End> {
+        self.agents.curious = false;
+        for offer in self.agents.questions() {
+            self.send(Message::Binary(wire::encode_frame(&offer).into())).await?;
+        }
+        Ok(())
     }
 
     /// Sends a message; gives up when the monitor has ended everybody on the link.
@@ -258,14 +277,26 @@ impl Drop for Counted {
 
 impl Agents {
     /// Lets go of sessions that were ended elsewhere; a link that lost its last one that way ends.
+    ///
+    /// Who only lost its row keeps its place and is asked to report, which opens a new one.
     fn look_around(&mut self) -> Result<(), End> {
-        let mut reason = None;
-        self.sessions.retain(|(_, session)| {
+        let (mut reason, mut adrift) = (None, false);
+        self.sessions.retain_mut(|(_, session)| {
             let connection = session.as_ref().map(Session::connection);
             let recorded = connection.filter(|connection| connection.is_recorded());
-            reason = reason.or(recorded.and_then(|connection| connection.ended()));
-            recorded.is_none()
+            let ended = recorded.and_then(|connection| connection.ended());
+            if ended == Some(CloseReason::ServerLost) {
+                *session = None;
+                adrift = true;
+                return true;
+            }
+            reason = reason.or(ended);
+            ended.is_none()
         });
+        if adrift {
+            self.curious = true;
+            self.note_company();
+        }
         match reason {
             Some(reason) if self.sessions.is_empty() => Err(End::Close(reason)),
             _ if self.sessions.is_empty() && self.origin.link.is_dismissed() => {
@@ -273,6 +304,15 @@ impl Agents {
             }
             _ => Ok(()),
         }
+    }
+
+    /// The questions for those who are to be asked for their full state.
+    fn questions(&mut self) -> Vec<ServerToAgent> {
+        let asked = self.sessions.iter_mut().filter_map(|(agent, session)| match session {
+            None => Some(compose(agent.as_bytes(), Answer { ask_full_state: true, new_uid: None })),
+            Some(session) => session.overdue_question(),
+        });
+        asked.collect()
     }
 
     /// Takes whatever is not a binary message.
@@ -420,7 +460,9 @@ impl Agents {
                 return Exchange::Done(Box::new(reject(&self.services, uid, come_later())));
             }
             // The first agent of a link was admitted with it.
-            Err(_) if !self.sessions.is_empty() && !self.admission.admits_newcomer(&self.services.clock) => {
+            Err(_)
+                if !self.sessions.is_empty() && !self.admission.admits_newcomer(&self.services.history) =>
+            {
                 self.services.metrics.refused.of(Refused::Rate).increment(1);
                 return Exchange::Done(Box::new(reject(&self.services, uid, come_later())));
             }
@@ -461,7 +503,7 @@ impl Agents {
 
     /// Notes since when nobody is on the link.
     fn note_company(&mut self) {
-        if !self.sessions.is_empty() {
+        if self.sessions.iter().any(|(_, session)| session.is_some()) {
             self.lonely_since = None;
         } else if self.lonely_since.is_none() {
             self.lonely_since = Some(self.services.clock.tick());

@@ -10,12 +10,13 @@ use uuid::Uuid;
 
 use super::*;
 use crate::agent::InstanceUid;
-use crate::clock::Clock;
+use crate::clock::{Clock, Rate};
 use crate::heartbeat::HeartbeatMonitor;
 use crate::history::History;
 use crate::outage::Outage;
 use crate::proto::AgentDescription;
 use crate::pulse::Expectations;
+use crate::session::QUESTIONS_PER_SECOND;
 use crate::session::hub::Hub;
 use crate::sight::Sight;
 use crate::store::{self, HistoryFilter, NewNode, PageRequest};
@@ -84,7 +85,7 @@ async fn services() -> Arc<Services> {
         Arc::clone(&store),
         clock.clone(),
         Arc::clone(&metrics),
-        Arc::clone(&outage),
+        Arc::clone(&sight),
         node_id,
         expected,
     );
@@ -99,8 +100,8 @@ async fn services() -> Arc<Services> {
     let owners = async move { tokio::join!(writer.run(stop.clone()), monitor.run(stop)) };
     drop(tokio_util::task::TaskTracker::new().spawn(owners));
     let hub = Arc::new(Hub::new(Arc::clone(&metrics)));
-    let closing = AtomicBool::new(false);
-    Arc::new(Services { store, history, hub, watch, clock, metrics, outage, sight, closing })
+    let (questions, closing) = (Rate::new(QUESTIONS_PER_SECOND), AtomicBool::new(false));
+    Arc::new(Services { store, history, hub, watch, clock, metrics, outage, sight, questions, closing })
 }
 
 fn admission() -> Arc<Admission> {
@@ -137,6 +138,7 @@ async fn link_to(
         speaker: None,
         malformed: 0,
         lonely_since: None,
+        curious: false,
     };
     let socket = WebSocketStream::from_raw_socket(socket, Role::Server, None).await;
     let task = Box::new(LinkTask { socket, agents, _place: place }).run();

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use opamp_server::store::{self, Store};
 use tempfile::TempDir;
 
-pub(crate) use raw::Raw;
+pub(crate) use raw::{Held, Raw};
 
 /// How many connections a store of a test may open.
 const CONNECTIONS: u32 = 5;

@@ -1,0 +1,204 @@
+//! This node's lease, and the watch over those of others.
+//!
+//! A lease is judged by watching, never by comparing clocks: another node is lost once this one has
+//! renewed its own lease without a failure for a whole lease while the other's row did not move. Who
+//! finds a mark on its own row stops the server; errors never do. It must not know what connections
+//! or agents are: the store ends what a lost node left.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::clock::{Moment, Tick};
+use crate::close::CloseReason;
+use crate::history::History;
+use crate::metrics::Metrics;
+use crate::outage::Outage;
+use crate::store::{Heir, Peer, Store, StoreError};
+
+/// Holds the lease of one node, and watches those of the others.
+pub struct Lease {
+    /// Where leases stand.
+    pub store: Arc<dyn Store>,
+    /// What is told of verdicts that become pending; its clock.
+    pub history: History,
+    /// Where lost connections are counted.
+    pub metrics: Arc<Metrics>,
+    /// Whether the store is away.
+    pub outage: Arc<Outage>,
+    /// This node.
+    pub node_id: Uuid,
+    /// Its name.
+    pub name: String,
+    /// For how long a renewal holds; it is renewed three times as often.
+    pub length: Duration,
+    /// Cancelled when this node was marked as ended.
+    pub ended: CancellationToken,
+}
+
+impl std::fmt::Debug for Lease {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Lease").field("node_id", &self.node_id).finish_non_exhaustive()
+    }
+}
+
+impl Lease {
+    /// Renews until `stop` is cancelled or the node was ended.
+    pub async fn run(self, stop: CancellationToken) {
+        let mut watching = Watching::new(self.length);
+        while stop.run_until_cancelled(tokio::time::sleep(self.length / 3)).await.is_some() {
+            match self.renew(&mut watching).await {
+                Ok(true) => {}
+                Ok(false) => {
+                    self.ended.cancel();
+                    stop.cancelled().await;
+                    return;
+                }
+                Err(error) => {
+                    watching.failed();
+                    self.outage.failed("the renewal of the node's lease", &error);
+                }
+            }
+        }
+    }
+
+    /// Renews once, and ends whoever is lost; false where this node was ended.
+    async fn renew(&self, watching: &mut Watching) -> Result<bool, StoreError> {
+        if !self.store.renew_node(self.node_id, self.history.now()).await? {
+            return Ok(false);
+        }
+        self.outage.written();
+        // A database that was restarted has forgotten who holds the name.
+        if !self.store.lock_node_name(&self.name).await.unwrap_or(true) {
+            tracing::error!(name = self.name, "another process holds the lock on this node's name");
+        }
+        let peers = self.store.list_peers(self.node_id).await?;
+        for lost in watching.renewed(self.history.clock().tick(), peers) {
+            self.end(&lost).await?;
+        }
+        Ok(true)
+    }
+
+    /// Ends a lost node and what it left open.
+    async fn end(&self, lost: &Peer) -> Result<(), StoreError> {
+        let expected = self.history.expected();
+        let heir = Heir {
+            node: self.node_id,
+            at: self.history.now(),
+            return_time: expected.return_time(),
+            first_poll: expected.first_poll(),
+        };
+        if let Some(connections) = self.store.end_lost_node(lost, &heir).await? {
+            self.metrics.connections_ended.of(CloseReason::ServerLost).increment(connections);
+            tracing::warn!(
+                node_id = %lost.id,
+                name = lost.name,
+                connections,
+                "a node was lost: its lease did not move; its connections were ended as server_lost"
+            );
+            self.history.expect_verdicts();
+        }
+        Ok(())
+    }
+}
+
+/// What was seen of the leases of others. Pure.
+#[derive(Debug)]
+struct Watching {
+    length: Duration,
+    /// When this node renewed last; none after a failure.
+    renewed: Option<Tick>,
+    /// The last renewal of each peer, and since when it stands while this node renews without failure.
+    peers: BTreeMap<Uuid, (Moment, Tick)>,
+}
+
+impl Watching {
+    fn new(length: Duration) -> Self {
+        Self { length, renewed: None, peers: BTreeMap::new() }
+    }
+
+    /// This node's own renewal failed: nothing seen so far counts against anybody.
+    fn failed(&mut self) {
+        self.renewed = None;
+        self.peers.clear();
+    }
+
+    /// This node renewed at `now` and then saw `peers`; answers which of them are lost.
+    fn renewed(&mut self, now: Tick, peers: Vec<Peer>) -> Vec<Peer> {
+        // A renewal that comes late is a failure: whatever held it up may have held up the others.
+        if self.renewed.is_none_or(|last| now.since(last) > self.length / 2) {
+            self.failed();
+        }
+        self.renewed = Some(now);
+        self.peers.retain(|id, _| peers.iter().any(|peer| peer.id == *id));
+        let lost = |peer: &Peer| {
+            let (renewal, since) = self.peers.entry(peer.id).or_insert((peer.renewed_at, now));
+            if *renewal != peer.renewed_at {
+                (*renewal, *since) = (peer.renewed_at, now);
+            }
+            now.since(*since) >= self.length.max(peer.lease)
+        };
+        peers.into_iter().filter(lost).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LENGTH: Duration = Duration::from_secs(9);
+
+    fn at(second: u64) -> Tick {
+        Tick::from_micros(second * 1_000_000)
+    }
+
+    fn peer(renewal: i64) -> Peer {
+        Peer {
+            id: Uuid::from_u128(1),
+            name: "peer".to_owned(),
+            renewed_at: Moment::from_micros(renewal),
+            lease: LENGTH,
+        }
+    }
+
+    /// The second at which a peer that never renews is taken for lost by a node that renews at these seconds.
+    fn lost_at(seconds: impl IntoIterator<Item = u64>) -> Option<u64> {
+        let mut watching = Watching::new(LENGTH);
+        seconds.into_iter().find(|second| !watching.renewed(at(*second), vec![peer(1)]).is_empty())
+    }
+
+    #[test]
+    fn who_does_not_move_for_a_whole_lease_is_lost() {
+        assert_eq!(lost_at([0, 3, 6, 9, 12]), Some(9));
+        let mut watching = Watching::new(LENGTH);
+        for (second, renewal) in [(0, 1), (3, 1), (6, 2), (9, 2), (12, 2)] {
+            assert!(watching.renewed(at(second), vec![peer(renewal)]).is_empty(), "it moved at 6 s");
+        }
+        assert_eq!(watching.renewed(at(15), vec![peer(2)]), [peer(2)]);
+        assert!(watching.renewed(at(18), Vec::new()).is_empty(), "it was ended");
+    }
+
+    #[test]
+    fn a_peer_with_a_longer_lease_has_its_own_time() {
+        let mut watching = Watching::new(LENGTH);
+        let slow = Peer { lease: LENGTH * 2, ..peer(1) };
+        let lost =
+            (0..10).map(|step| step * 3).find(|s| !watching.renewed(at(*s), vec![slow.clone()]).is_empty());
+        assert_eq!(lost, Some(18));
+    }
+
+    #[test]
+    fn whoever_was_held_up_itself_accuses_nobody() {
+        assert_eq!(lost_at([0, 3, 6, 60, 63, 66]), None, "it was stopped, and so may have been the other");
+        assert_eq!(lost_at([0, 3, 6, 60, 63, 66, 69]), Some(69));
+        let mut watching = Watching::new(LENGTH);
+        for second in [0, 3, 6] {
+            assert!(watching.renewed(at(second), vec![peer(1)]).is_empty());
+        }
+        watching.failed();
+        assert!(watching.renewed(at(9), vec![peer(1)]).is_empty(), "the store may have failed them both");
+    }
+}
