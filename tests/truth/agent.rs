@@ -73,7 +73,9 @@ pub(crate) struct Agent {
     /// When the last answered report was sent.
     previous: Option<Moment>,
     /// Reports answered on this stay.
-    answered: u32,
+    pub(crate) answered: u32,
+    /// Questions on this stay that may have come before the answer to a report.
+    pub(crate) questions: u32,
 }
 
 /// A report on its way.
@@ -115,6 +117,7 @@ impl Agent {
             lost_before: false,
             previous: None,
             answered: 0,
+            questions: 0,
         }
     }
 
@@ -141,7 +144,7 @@ impl Agent {
         // Not all in the same millisecond.
         sleep(self.between(0, 1_500)).await;
         while self.phase() != Phase::Over {
-            self.answered = 0;
+            (self.answered, self.questions) = (0, 0);
             let end = match self.way {
                 Way::WebSocket => self.visit().await,
                 Way::Http => self.poll_along().await,
@@ -265,7 +268,9 @@ impl Agent {
         let ask = Ask { at: answered, previous: self.previous, lost: self.lost_before, again };
         {
             let mut record = self.record.lock();
-            let acknowledged = &mut record.acknowledged;
+            // What is asked for is sent once more: only then it counts.
+            let mut unasked = Content::default();
+            let acknowledged = if asked { &mut unasked } else { &mut record.acknowledged };
             if letter.parts.description {
                 acknowledged.description = letter.content.description;
             }
@@ -279,7 +284,7 @@ impl Agent {
                 record.asked.push(ask);
             }
             if let Some(stay) = record.stays.last_mut() {
-                stay.exchanges.push(Exchange { sent, answered });
+                stay.exchanges.push(Exchange { sent, answered, asked });
             }
         }
         self.answered += 1;
@@ -287,8 +292,24 @@ impl Agent {
         self.lost = false;
         if asked {
             self.owed = Parts::ALL;
+            self.questions += 1;
         }
         Taken::Accepted
+    }
+
+    /// Takes an offer that answers nothing: a server may ask for full state by itself.
+    pub(crate) fn hear(&mut self, offer: &ServerToAgent) {
+        let mine = offer.instance_uid == self.uid.as_bytes() && offer.error_response.is_none();
+        if mine && offer.flags & FULL_STATE != 0 && offer.agent_identification.is_none() {
+            self.record.note("is asked for full state, unprompted");
+            self.owed = Parts::ALL;
+            self.questions += 1;
+        } else if mine && self.questions > 0 {
+            // The answer to a report that a question overtook.
+            self.questions -= 1;
+        } else {
+            self.record.outrage(format!("is sent what it did not wait for: {offer:?}"));
+        }
     }
 
     /// True where the server waits for something that should not wait for the next heartbeat.

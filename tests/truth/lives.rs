@@ -98,7 +98,10 @@ impl Agent {
     async fn listen(&mut self, socket: &mut Socket, until: Instant) -> Result<(), End> {
         while let Ok(next) = timeout_at(until, self.next(socket)).await {
             if let Some(offer) = next? {
-                self.record.outrage(format!("is sent what it did not wait for: {offer:?}"));
+                self.hear(&offer);
+                if self.owes() {
+                    return Ok(());
+                }
             }
         }
         Ok(())

@@ -68,6 +68,8 @@ impl End {
 pub(crate) struct Exchange {
     pub(crate) sent: Moment,
     pub(crate) answered: Moment,
+    /// True where the answer asks for full state.
+    pub(crate) asked: bool,
 }
 
 /// A request for full state.

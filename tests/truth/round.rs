@@ -47,7 +47,7 @@ pub(crate) struct Outcome {
 const LOOK: Duration = Duration::from_millis(100);
 
 /// How many timelines are printed in full.
-const TIMELINES: usize = 2;
+const TIMELINES: usize = 4;
 
 struct Stage {
     plan: Plan,

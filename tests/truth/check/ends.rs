@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use opamp_server::close::{Cause, CloseReason};
 
-use super::Case;
+use super::{Case, rows};
 use crate::bounds::{CLOCK, READ, TIMEOUT};
 use crate::database::{Kind, Row};
 use crate::record::{End, Stay, Way};
@@ -41,6 +41,9 @@ fn reason(case: &Case<'_>, stay: &Stay, index: usize, row: &Row) -> Option<Strin
     let troubled = case.evidence.disturbed(Some(stay.node), ended.before(TRACE), shown.after(READ));
     let next = case.agent.stays.get(index + 1);
     let soon_back = next.is_some_and(|next| next.hello.since(*ended) < READ);
+    if rows::taken_for_lost(case, stay, Some(row), *ended) {
+        return None;
+    }
     let own_word = match end {
         End::Farewell => CloseReason::AgentDisconnect,
         End::Close => CloseReason::ClosedByAgent,
@@ -70,8 +73,7 @@ fn reason(case: &Case<'_>, stay: &Stay, index: usize, row: &Row) -> Option<Strin
         || (end != &End::Farewell && troubled && reason.cause() == Cause::Server && reason != CloseReason::InternalError)
         || (end != &End::Farewell && (soon_back || troubled) && reason == CloseReason::Superseded)
         || (end == &End::Silence && given_up && matches!(reason, CloseReason::ConnectionLost | CloseReason::Superseded))
-        || (end == &End::Silence && troubled && reason == CloseReason::ConnectionLost)
-        || (end == &End::Close && troubled && reason == CloseReason::ConnectionLost)
+        || (matches!(end, End::Silence | End::Close) && troubled && reason == CloseReason::ConnectionLost)
         || (end == &End::Impatience && reason.cause() == Cause::Server)
         || (stay.farewell && reason == CloseReason::AgentDisconnect);
     (!fits).then(|| format!("row {} says {said}, and the agent left by {end:?} (troubled: {troubled})", row.id))

@@ -12,7 +12,7 @@ use opamp_server::clock::Moment;
 
 use crate::bounds::READ;
 use crate::database::{Books, Change, Kind, Row};
-use crate::record::{AgentRecord, Trouble, Window};
+use crate::record::{AgentRecord, Stay, Trouble, Way, Window};
 pub(crate) use spans::longest_silence;
 
 /// All that is known of a round.
@@ -102,5 +102,15 @@ impl Evidence {
         };
         let ends = self.windows.iter().map(|window| window.to.map_or(at, |to| to.min(at)));
         ends.filter(|end| is_closed(*end)).max()
+    }
+}
+
+impl Case<'_> {
+    /// The stay by WebSocket on which a connection was.
+    fn stay_of(&self, connection: Option<i64>) -> Option<&Stay> {
+        let row = self.rows.iter().find(|row| Some(row.id) == connection)?;
+        let address = row.remote_addr.as_deref()?;
+        let mut stays = self.agent.stays.iter().rev().filter(|stay| stay.way == Way::WebSocket);
+        stays.find(|stay| stay.address == address && stay.hello <= row.connected_at.after(READ))
     }
 }

@@ -75,7 +75,7 @@ fn hole(case: &Case<'_>, stay: &Stay, span: Span) -> Option<Span> {
 
 /// A node that was stopped, or lost the database alone, is taken for lost by the other: its agents are unknown
 /// there, until it learns that.
-fn taken_for_lost(case: &Case<'_>, stay: &Stay, row: Option<&Row>, until: Moment) -> bool {
+pub(super) fn taken_for_lost(case: &Case<'_>, stay: &Stay, row: Option<&Row>, until: Moment) -> bool {
     let Some(row) = row else { return false };
     let Some(proof) = row.disconnected_at else { return false };
     case.evidence.kind == Kind::TwoNodes

@@ -39,20 +39,24 @@ pub(crate) fn longest_silence(agent: &AgentRecord) -> Duration {
 }
 
 /// When the agent was connected beyond doubt: from an offer it received to a report that was answered later.
+///
+/// A question for full state proves nothing: a server may ask by itself, before a report is read.
 pub(super) fn connected(stay: &Stay) -> Vec<Span> {
     let mut spans: Vec<Span> = Vec::new();
-    for pair in stay.exchanges.windows(2) {
-        let span = Span { from: pair[0].answered, to: pair[1].sent };
+    let mut proven = false;
+    for exchange in &stay.exchanges {
         // A poller proves itself by its polls alone; between two that are far from each other it may have been away.
-        let proven = stay.way == Way::WebSocket || span.to.since(span.from) < TIMEOUT - CLOCK;
+        let near = |last: &Span| stay.way == Way::WebSocket || exchange.sent.since(last.to) < TIMEOUT - CLOCK;
         match spans.last_mut() {
-            Some(last) if proven && last.to >= span.from.before(CLOCK) => last.to = span.to,
-            _ if proven => spans.push(span),
-            _ => spans.push(Span { from: span.to, to: span.to }),
+            Some(last) if proven && !exchange.asked && near(last) => last.to = exchange.answered,
+            _ => spans.push(Span { from: exchange.answered, to: exchange.answered }),
         }
+        proven = true;
     }
-    if let ([only], []) = (stay.exchanges.as_slice(), spans.as_slice()) {
-        spans.push(Span { from: only.answered, to: only.answered });
+    for span in &mut spans {
+        // The last answer may have come late.
+        let last = stay.exchanges.iter().rev().find(|exchange| exchange.answered == span.to);
+        span.to = last.map_or(span.to, |last| last.sent.max(span.from));
     }
     spans
 }

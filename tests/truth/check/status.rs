@@ -23,6 +23,10 @@ fn wrongly(case: &Case<'_>, change: &Change) -> Option<String> {
     if there.into_iter().any(|span| span.holds(at.before(CLOCK)) && span.holds(at.after(CLOCK))) {
         return Some(format!("{what} while it was connected"));
     }
+    // Who left its link of its own will left, whenever that was read.
+    if case.stay_of(change.connection_id).is_some_and(|stay| wrongly_after(case, stay, at).is_none()) {
+        return None;
+    }
     // Whoever returned a moment ago was judged by what came before.
     let mut before = stays.iter().rev().skip_while(|stay| stay.hello.before(CLOCK) > at);
     let Some(last) = before.next() else { return Some(format!("{what} before it ever came")) };
