@@ -30,6 +30,12 @@ pub(crate) const READ: Duration = Duration::from_millis(1_500);
 /// Two clocks of one host, one of them anchored to a database by a measurement that takes a few milliseconds.
 pub(crate) const CLOCK: Duration = Duration::from_millis(100);
 
+/// The time-out, less the difference of two clocks: no verdict falls earlier.
+pub(crate) const EARLIEST: Duration = Duration::from_millis(2_900);
+
+/// A pause of an agent that a server may take for the time-out when the host is slow.
+pub(crate) const LONG_PAUSE: Duration = Duration::from_millis(2_500);
+
 /// How long a busy machine may keep the simulator from looking before its own record counts as blurred.
 pub(crate) const LAG: Duration = Duration::from_millis(500);
 

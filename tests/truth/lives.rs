@@ -269,7 +269,7 @@ impl Agent {
         let polled = timeout(PATIENCE, polling).await;
         let answer = match polled {
             Ok(Ok(answer)) if answer.status == UNAVAILABLE => {
-                self.record.note("its poll is refused with 503");
+                self.record.failed("its poll is refused with 503");
                 self.record.lock().refusals.push(host_now());
                 return None;
             }
@@ -280,7 +280,7 @@ impl Agent {
             }
             Ok(Err(_)) | Err(_) => {
                 *line = None;
-                self.record.note("its poll is not answered");
+                self.record.failed("its poll is not answered");
                 return None;
             }
         };

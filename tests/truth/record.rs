@@ -95,6 +95,8 @@ pub(crate) struct Stay {
     /// Just before its first report was sent.
     pub(crate) hello: Moment,
     pub(crate) exchanges: Vec<Exchange>,
+    /// When a poll was not answered.
+    pub(crate) failed: Vec<Moment>,
     /// Just before bytes were sent last.
     pub(crate) last_sent: Moment,
     /// When the agent did, or saw, what ended it; before it did it.
@@ -170,6 +172,7 @@ impl Record {
             address,
             hello,
             exchanges: Vec::new(),
+            failed: Vec::new(),
             last_sent: hello,
             ended: None,
             gone: None,
@@ -190,6 +193,12 @@ impl Record {
             stay.longest_gap = stay.longest_gap.max(now.since(stay.last_sent));
             stay.last_sent = now;
         });
+    }
+
+    /// A poll was not answered.
+    pub(crate) fn failed(&self, text: &str) {
+        self.note(text);
+        self.stay(|stay| stay.failed.push(host_now()));
     }
 
     pub(crate) fn ended(&self, end: End) {

@@ -54,10 +54,9 @@ pub(crate) fn disagreements(books: &Books, records: &[Record], now: Moment) -> V
         let connected = row.is_some_and(|row| row.connection_id.is_some());
         let wrong = match whereabouts(&agent, now) {
             Whereabouts::Trying => Some("it tries to come and is not let in".to_owned()),
-            Whereabouts::Between => None,
             Whereabouts::Away if !rows.is_empty() || connected => Some(format!("it is away, and a row is open: {rows:?}")),
             Whereabouts::Away if status != "offline" && row.is_some() => Some(format!("it left, and is {status}")),
-            Whereabouts::Away => None,
+            Whereabouts::Away | Whereabouts::Between => None,
             Whereabouts::There(way, address) => {
                 let transport = if way == Way::Http { "http" } else { "websocket" };
                 match rows {

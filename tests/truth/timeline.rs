@@ -1,5 +1,7 @@
 //! What happened to one agent, by the clock, for people: its own record, its rows, its changes of status, and the troubles.
 
+use std::fmt::Write as _;
+
 use opamp_server::clock::Moment;
 
 use crate::check::Evidence;
@@ -40,7 +42,8 @@ pub(crate) fn timeline(
         let micros = at.as_micros() - start.as_micros();
         let sign = if micros < 0 { '-' } else { ' ' };
         let millis = micros.unsigned_abs() / 1_000;
-        text.push_str(&format!("{sign}{:3}.{:03} {line}\n", millis / 1_000, millis % 1_000));
+        // Into a text nothing fails.
+        let _written = writeln!(text, "{sign}{:3}.{:03} {line}", millis / 1_000, millis % 1_000);
     }
     text
 }

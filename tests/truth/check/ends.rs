@@ -5,7 +5,7 @@ use std::time::Duration;
 use opamp_server::close::{Cause, CloseReason};
 
 use super::{Case, rows};
-use crate::bounds::{CLOCK, READ, TIMEOUT};
+use crate::bounds::{CLOCK, LONG_PAUSE, READ, TIMEOUT};
 use crate::database::{Kind, Row};
 use crate::record::{End, Stay, Way};
 
@@ -51,7 +51,7 @@ fn reason(case: &Case<'_>, stay: &Stay, index: usize, row: &Row) -> Option<Strin
         End::Silence => CloseReason::HeartbeatTimeout,
         End::Told(code, word) => {
             let told = word == said && *code == reason.code();
-            let accused = reason.cause() == Cause::Agent && stay.longest_gap < TIMEOUT - CLOCK * 5;
+            let accused = reason.cause() == Cause::Agent && stay.longest_gap < LONG_PAUSE;
             return if !told {
                 Some(format!("row {} says {said}, the agent was told {code} {word}", row.id))
             } else if accused {

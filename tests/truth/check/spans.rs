@@ -5,7 +5,7 @@ use std::time::Duration;
 use opamp_server::clock::Moment;
 
 use super::Case;
-use crate::bounds::{CLOCK, TIMEOUT};
+use crate::bounds::{CLOCK, EARLIEST, READ, TIMEOUT};
 use crate::record::{AgentRecord, End, Stay, Trouble, Way};
 
 /// A time between two moments.
@@ -45,8 +45,11 @@ pub(super) fn connected(stay: &Stay) -> Vec<Span> {
     let mut spans: Vec<Span> = Vec::new();
     let mut proven = false;
     for exchange in &stay.exchanges {
-        // A poller proves itself by its polls alone; between two that are far from each other it may have been away.
-        let near = |last: &Span| stay.way == Way::WebSocket || exchange.sent.since(last.to) < TIMEOUT - CLOCK;
+        // A poller proves itself by its polls alone: far from each other, or with one between them that failed, they prove nothing.
+        let near = |last: &Span| {
+            let failed = stay.failed.iter().any(|failed| last.to <= *failed && *failed <= exchange.answered);
+            stay.way == Way::WebSocket || (!failed && exchange.sent.since(last.to) < EARLIEST)
+        };
         match spans.last_mut() {
             Some(last) if proven && !exchange.asked && near(last) => last.to = exchange.answered,
             _ => spans.push(Span { from: exchange.answered, to: exchange.answered }),
@@ -84,7 +87,7 @@ impl Case<'_> {
         let lag = [Trouble::Lag];
         match (stay.way, end) {
             // The answer came after the end was on record, and a server's own end is on record before it is told.
-            (_, End::Farewell) | (_, End::Told(..)) | (_, End::Broken) => Some(gone.after(CLOCK)),
+            (_, End::Farewell | End::Told(..) | End::Broken) => Some(gone.after(CLOCK)),
             (_, End::Close | End::Finish | End::Reset) => Some(self.evidence.read_by(*ended, &lag)),
             (_, End::Impatience) => Some(self.evidence.read_by(gone, &lag)),
             // What was sent last may be read as late as a server is stopped: it proves the agent then.
@@ -94,7 +97,7 @@ impl Case<'_> {
             (Way::Http, End::Silence) => {
                 let goes_on = next.is_some_and(|next| {
                     next.way == Way::Http
-                        && next.hello.since(stay.last_sent) <= longest_silence(self.agent) + crate::bounds::READ
+                        && next.hello.since(stay.last_sent) <= longest_silence(self.agent) + READ
                 });
                 let heard = self.evidence.read_by(gone, &[Trouble::Lag, Trouble::Stopped]);
                 (!goes_on).then_some(heard)

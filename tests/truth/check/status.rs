@@ -5,7 +5,7 @@ use opamp_server::close::{Cause, CloseReason};
 
 use super::spans::connected;
 use super::Case;
-use crate::bounds::{CLOCK, RETURN_TIME, TIMEOUT};
+use crate::bounds::{CLOCK, EARLIEST, LONG_PAUSE, RETURN_TIME};
 use crate::database::Change;
 use crate::record::{End, Stay, Trouble, Way};
 
@@ -44,7 +44,7 @@ fn wrongly_after(case: &Case<'_>, stay: &Stay, at: Moment) -> Option<String> {
     match ended {
         Some((_, End::Silence)) => too_early(stay, at).then(|| "before its deadline".to_owned()),
         Some((_, end)) if end.is_own() || *end == End::Impatience => None,
-        _ if is_late(case, stay) || stay.farewell => None,
+        _ if is_late(case, stay) || stay.farewell || is_unheard(case, stay, at) => None,
         _ => in_vain(case, stay, ended.map(|(ended, _)| *ended), at),
     }
 }
@@ -52,7 +52,7 @@ fn wrongly_after(case: &Case<'_>, stay: &Stay, at: Moment) -> Option<String> {
 fn too_early(stay: &Stay, at: Moment) -> bool {
     stay.released.is_none_or(|released| released > at.after(CLOCK))
         && !stay.farewell
-        && stay.last_sent.after(TIMEOUT - CLOCK) > at
+        && stay.last_sent.after(EARLIEST) > at
 }
 
 /// True where the agent itself, or the host, kept it from speaking for so long that a server may have taken it for silent.
@@ -61,13 +61,22 @@ fn is_late(case: &Case<'_>, stay: &Stay) -> bool {
     let lag = case.evidence.windows.iter().any(|window| {
         window.trouble == Trouble::Lag && window.node.is_none() && window.overlaps(stay.hello, end)
     });
-    lag && stay.longest_gap + CLOCK * 5 >= TIMEOUT
+    lag && stay.longest_gap >= LONG_PAUSE
+}
+
+/// True for a poller that nobody heard for its time although somebody listened: its polls went where nobody did.
+fn is_unheard(case: &Case<'_>, stay: &Stay, at: Moment) -> bool {
+    let heard = stay.exchanges.iter().map(|exchange| exchange.answered).take_while(|heard| *heard <= at);
+    heard.last().is_some_and(|heard| {
+        stay.way == Way::Http
+            && at.since(heard) >= EARLIEST
+            && case.evidence.last_closed(at).is_none_or(|closed| closed <= heard)
+    })
 }
 
 /// Why the verdict on an agent that did not leave is wrong.
 fn in_vain(case: &Case<'_>, stay: &Stay, ended: Option<Moment>, at: Moment) -> Option<String> {
-    let closed = case.evidence.last_closed(at);
-    let Some(sent_away) = ended.max(closed) else {
+    let Some(sent_away) = ended.max(case.evidence.last_closed(at)) else {
         return Some("although nothing had happened".to_owned());
     };
     let time = at.since(sent_away);
