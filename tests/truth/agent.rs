@@ -371,7 +371,7 @@ fn health(generation: u32) -> ComponentHealth {
 
 fn config(generation: u32) -> EffectiveConfig {
     let body = format!("generation={generation};").into_bytes();
-    let file = AgentConfigFile { body: body.into(), content_type: "text/plain".to_owned() };
+    let file = AgentConfigFile { body, content_type: "text/plain".to_owned() };
     EffectiveConfig { config_map: Some(AgentConfigMap { config_map: [(String::new(), file)].into() }) }
 }
 

@@ -105,7 +105,8 @@ impl Database {
             return Some(Self { pool: Pool::Sqlite(pool, folder), urls: vec![url], proxies: Vec::new() });
         }
         let temporary = Temporary::create().await?;
-        let pool = PgPoolOptions::new().max_connections(2).connect(temporary.url()).await.expect("a database");
+        let pool =
+            PgPoolOptions::new().max_connections(2).connect(temporary.url()).await.expect("a database");
         let upstream = upstream(temporary.url()).await.expect("DATABASE_URL names a host");
         let (mut urls, mut proxies) = (Vec::new(), Vec::new());
         for _ in 0..kind.nodes() {

@@ -106,7 +106,8 @@ pub(crate) async fn lock_store(
             return;
         }
         let long = rng.u8(..6) == 0;
-        let time = Duration::from_millis(rng.u64(300..4_000)) + Duration::from_secs(if long { 10 } else { 0 });
+        let time =
+            Duration::from_millis(rng.u64(300..4_000)) + Duration::from_secs(if long { 10 } else { 0 });
         let number = troubles.begin(None, Trouble::StoreLocked);
         let held = database.hold(async {
             wait(&mut phase, time).await;

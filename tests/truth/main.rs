@@ -52,9 +52,15 @@ impl Settings {
         Self {
             minutes,
             seed: number("TRUTH_SEED").unwrap_or(1),
-            agents: number("TRUTH_AGENTS").map_or(40, |agents| usize::try_from(agents).expect("a small number")),
-            storm: Duration::from_secs(number("TRUTH_STORM").unwrap_or(if minutes.is_some() { 30 } else { 18 })),
-            without: read("TRUTH_WITHOUT").map_or_else(Vec::new, |names| names.split(',').map(str::to_owned).collect()),
+            agents: number("TRUTH_AGENTS")
+                .map_or(40, |agents| usize::try_from(agents).expect("a small number")),
+            storm: Duration::from_secs(number("TRUTH_STORM").unwrap_or(if minutes.is_some() {
+                30
+            } else {
+                18
+            })),
+            without: read("TRUTH_WITHOUT")
+                .map_or_else(Vec::new, |names| names.split(',').map(str::to_owned).collect()),
             play_on: read("TRUTH_PLAY_ON").is_some(),
         }
     }

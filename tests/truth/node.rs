@@ -200,11 +200,13 @@ impl Node {
                 });
                 if !status.success() && !trouble {
                     let words = life.words().await;
-                    self.troubles.outrage(format!("node {}: SIGTERM ended in {status}: {words}", self.number));
+                    self.troubles
+                        .outrage(format!("node {}: SIGTERM ended in {status}: {words}", self.number));
                 }
             }
             Err(_elapsed) => {
-                self.troubles.outrage(format!("node {} did not stop within {STOP:?} of SIGTERM", self.number));
+                self.troubles
+                    .outrage(format!("node {} did not stop within {STOP:?} of SIGTERM", self.number));
                 life.child.kill().await?;
             }
         }

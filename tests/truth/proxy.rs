@@ -178,5 +178,6 @@ async fn pump_answers(
 
 /// True where a simple query or a statement to parse says COMMIT.
 fn carries_commit(piece: &[u8]) -> bool {
-    matches!(piece.first(), Some(b'Q' | b'P')) && piece.windows(6).any(|six| six.eq_ignore_ascii_case(b"COMMIT"))
+    matches!(piece.first(), Some(b'Q' | b'P'))
+        && piece.windows(6).any(|six| six.eq_ignore_ascii_case(b"COMMIT"))
 }

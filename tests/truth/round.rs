@@ -167,7 +167,9 @@ impl Stage {
             if Instant::now() > deadline {
                 let phase = *self.phase.borrow();
                 self.found.extend(
-                    disagreements.into_iter().map(|(agent, text)| (Some(agent), format!("at rest ({phase:?}): {text}"))),
+                    disagreements
+                        .into_iter()
+                        .map(|(agent, text)| (Some(agent), format!("at rest ({phase:?}): {text}"))),
                 );
                 return;
             }
@@ -180,7 +182,8 @@ impl Stage {
         while !self.records.iter().all(is_home) {
             if Instant::now() > deadline {
                 let lost = (0..self.records.len()).filter(|index| !is_home(&self.records[*index]));
-                let lost: Vec<_> = lost.map(|index| (Some(index), "it cannot come home".to_owned())).collect();
+                let lost: Vec<_> =
+                    lost.map(|index| (Some(index), "it cannot come home".to_owned())).collect();
                 self.found.extend(lost);
                 return;
             }
@@ -235,14 +238,18 @@ impl Stage {
         for index in missing {
             let asked = self.records[*index].lock().asked.iter().any(|ask| ask.at >= returning);
             if !asked {
-                self.found.push((Some(*index), "its answered changes were lost, and nobody asked for them".to_owned()));
+                self.found.push((
+                    Some(*index),
+                    "its answered changes were lost, and nobody asked for them".to_owned(),
+                ));
             }
         }
     }
 
     async fn outcome(&mut self) -> Outcome {
         let books = self.books().await;
-        let evidence = Evidence { kind: self.plan.kind, windows: self.troubles.windows(), books, now: host_now() };
+        let evidence =
+            Evidence { kind: self.plan.kind, windows: self.troubles.windows(), books, now: host_now() };
         let mut outcome = Outcome {
             faults: self.troubles.faults(),
             rows: evidence.books.rows.len(),

@@ -54,13 +54,19 @@ pub(crate) fn disagreements(books: &Books, records: &[Record], now: Moment) -> V
         let connected = row.is_some_and(|row| row.connection_id.is_some());
         let wrong = match whereabouts(&agent, now) {
             Whereabouts::Trying => Some("it tries to come and is not let in".to_owned()),
-            Whereabouts::Away if !rows.is_empty() || connected => Some(format!("it is away, and a row is open: {rows:?}")),
-            Whereabouts::Away if status != "offline" && row.is_some() => Some(format!("it left, and is {status}")),
+            Whereabouts::Away if !rows.is_empty() || connected => {
+                Some(format!("it is away, and a row is open: {rows:?}"))
+            }
+            Whereabouts::Away if status != "offline" && row.is_some() => {
+                Some(format!("it left, and is {status}"))
+            }
             Whereabouts::Away | Whereabouts::Between => None,
             Whereabouts::There(way, address) => {
                 let transport = if way == Way::Http { "http" } else { "websocket" };
                 match rows {
-                    [row] if row.transport != transport => Some(format!("its open row is another's: {row:?}")),
+                    [row] if row.transport != transport => {
+                        Some(format!("its open row is another's: {row:?}"))
+                    }
                     [row] if way == Way::WebSocket && row.remote_addr.as_deref() != Some(&*address) => {
                         Some(format!("it is there from {address}, and its open row is another's: {row:?}"))
                     }
@@ -82,7 +88,10 @@ pub(crate) fn is_home(record: &Record) -> bool {
 }
 
 /// What a server shows of an agent; none where it does not know it.
-pub(crate) async fn shown(place: &Place, agent: &str) -> std::io::Result<Option<(Content, serde_json::Value)>> {
+pub(crate) async fn shown(
+    place: &Place,
+    agent: &str,
+) -> std::io::Result<Option<(Content, serde_json::Value)>> {
     let mut socket = Socket::dial(place.operators).await?;
     let head = format!("GET /api/v1/agents/{agent} HTTP/1.1\r\nHost: {}\r\n", place.operators);
     let answer = socket.request(&head, &[]).await?;

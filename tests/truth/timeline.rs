@@ -33,7 +33,10 @@ pub(crate) fn timeline(
     }
     for change in evidence.books.changes.iter().filter(|change| change.agent_id == id) {
         let from = change.from_status.as_deref().unwrap_or("unknown");
-        let text = format!("    status {from} -> {}: {} (row {:?})", change.to_status, change.reason, change.connection_id);
+        let text = format!(
+            "    status {from} -> {}: {} (row {:?})",
+            change.to_status, change.reason, change.connection_id
+        );
         lines.push((change.at, text));
     }
     lines.sort_by_key(|(at, _)| *at);

@@ -84,9 +84,8 @@ impl Socket {
 
     /// One poll.
     pub(crate) async fn poll(&mut self, host: SocketAddr, report: &AgentToServer) -> io::Result<Answer> {
-        let head = format!(
-            "POST /v1/opamp HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/x-protobuf\r\n"
-        );
+        let head =
+            format!("POST /v1/opamp HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/x-protobuf\r\n");
         self.request(&head, &report.encode_to_vec()).await
     }
 

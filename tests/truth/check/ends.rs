@@ -14,15 +14,17 @@ const TRACE: Duration = Duration::from_secs(3);
 
 /// A stay by WebSocket and the last row that was written for it.
 fn held<'a>(case: &'a Case<'_>) -> impl Iterator<Item = (&'a Stay, usize, &'a Row)> {
-    case.agent.stays.iter().enumerate().filter(|(_, stay)| stay.way == Way::WebSocket).filter_map(|(index, stay)| {
-        let until = stay.gone.unwrap_or(case.evidence.now).after(READ);
-        let row = case.rows.iter().rev().find(|row| {
-            row.remote_addr.as_deref() == Some(&*stay.address)
-                && row.connected_at >= stay.hello.before(CLOCK)
-                && row.connected_at <= until
-        });
-        Some((stay, index, *row?))
-    })
+    case.agent.stays.iter().enumerate().filter(|(_, stay)| stay.way == Way::WebSocket).filter_map(
+        |(index, stay)| {
+            let until = stay.gone.unwrap_or(case.evidence.now).after(READ);
+            let row = case.rows.iter().rev().find(|row| {
+                row.remote_addr.as_deref() == Some(&*stay.address)
+                    && row.connected_at >= stay.hello.before(CLOCK)
+                    && row.connected_at <= until
+            });
+            Some((stay, index, *row?))
+        },
+    )
 }
 
 /// The reason of every end is one that what happened can have.
@@ -62,7 +64,8 @@ fn reason(case: &Case<'_>, stay: &Stay, index: usize, row: &Row) -> Option<Strin
         }
         End::Broken | End::Refused => {
             let wrong = reason.cause() == Cause::Agent && !stay.farewell;
-            let groundless = !case.evidence.disturbed(Some(stay.node), ended.before(TRACE * 4), ended.after(READ));
+            let groundless =
+                !case.evidence.disturbed(Some(stay.node), ended.before(TRACE * 4), ended.after(READ));
             return (wrong || groundless || reason == CloseReason::InternalError).then(|| {
                 format!("row {} says {said}, and the agent saw its link break with a server in trouble: {troubled}", row.id)
             });
@@ -70,13 +73,19 @@ fn reason(case: &Case<'_>, stay: &Stay, index: usize, row: &Row) -> Option<Strin
     };
     let given_up = stay.released.is_some_and(|released| released < stay.last_sent.after(TIMEOUT + READ));
     let fits = reason == own_word
-        || (end != &End::Farewell && troubled && reason.cause() == Cause::Server && reason != CloseReason::InternalError)
+        || (end != &End::Farewell
+            && troubled
+            && reason.cause() == Cause::Server
+            && reason != CloseReason::InternalError)
         || (end != &End::Farewell && (soon_back || troubled) && reason == CloseReason::Superseded)
-        || (end == &End::Silence && given_up && matches!(reason, CloseReason::ConnectionLost | CloseReason::Superseded))
+        || (end == &End::Silence
+            && given_up
+            && matches!(reason, CloseReason::ConnectionLost | CloseReason::Superseded))
         || (matches!(end, End::Silence | End::Close) && troubled && reason == CloseReason::ConnectionLost)
         || (end == &End::Impatience && reason.cause() == Cause::Server)
         || (stay.farewell && reason == CloseReason::AgentDisconnect);
-    (!fits).then(|| format!("row {} says {said}, and the agent left by {end:?} (troubled: {troubled})", row.id))
+    (!fits)
+        .then(|| format!("row {} says {said}, and the agent left by {end:?} (troubled: {troubled})", row.id))
 }
 
 /// An end that the agent showed to a server in good health is on record as seen, at its moment.
@@ -87,12 +96,16 @@ pub(super) fn seen(case: &Case<'_>) -> Vec<String> {
         let own = matches!(end, End::Close | End::Finish | End::Farewell);
         let said = row.disconnect_reason.as_deref();
         let shown = matches!(said, Some("agent_disconnect" | "closed_by_agent" | "connection_lost"));
-        if !own || !shown || case.evidence.disturbed(Some(stay.node), ended.before(TRACE), ended.after(READ)) {
+        if !own || !shown || case.evidence.disturbed(Some(stay.node), ended.before(TRACE), ended.after(READ))
+        {
             continue;
         }
         let earliest = if *end == End::Farewell { stay.last_sent } else { *ended };
         if row.disconnected_by.is_some() || at < earliest.before(CLOCK) || at > ended.after(READ) {
-            found.push(format!("row {}: the end by {end:?} at {ended} was seen, and the row says {at} to {:?}", row.id, row.disconnected_by));
+            found.push(format!(
+                "row {}: the end by {end:?} at {ended} was seen, and the row says {at} to {:?}",
+                row.id, row.disconnected_by
+            ));
         }
     }
     found

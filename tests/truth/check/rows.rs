@@ -2,8 +2,8 @@
 
 use opamp_server::clock::Moment;
 
-use super::spans::{Span, connected};
 use super::Case;
+use super::spans::{Span, connected};
 use crate::bounds::{AFTERMATH, CLOCK};
 use crate::database::{Kind, Row};
 use crate::record::{Stay, Trouble};
@@ -42,7 +42,10 @@ pub(super) fn covered(case: &Case<'_>) -> Vec<String> {
     for stay in &case.agent.stays {
         for span in connected(stay) {
             if let Some(hole) = hole(case, stay, span) {
-                found.push(format!("connected on node {} and on no row from {} to {}", stay.node, hole.from, hole.to));
+                found.push(format!(
+                    "connected on node {} and on no row from {} to {}",
+                    stay.node, hole.from, hole.to
+                ));
             }
         }
     }

@@ -3,8 +3,8 @@
 use opamp_server::clock::Moment;
 use opamp_server::close::{Cause, CloseReason};
 
-use super::spans::connected;
 use super::Case;
+use super::spans::connected;
 use crate::bounds::{CLOCK, EARLIEST, LONG_PAUSE, RETURN_TIME};
 use crate::database::Change;
 use crate::record::{End, Stay, Trouble, Way};
@@ -92,12 +92,15 @@ fn in_vain(case: &Case<'_>, stay: &Stay, ended: Option<Moment>, at: Moment) -> O
 /// A change of status follows from the end of its connection: at once where it is the agent's, after the return time where not.
 pub(super) fn log(case: &Case<'_>) -> Vec<String> {
     let mut found = Vec::new();
-    let mut status: Option<&str> = None;
+    let mut before: Option<&str> = None;
     for change in &case.changes {
-        if change.from_status.as_deref() != status {
-            found.push(format!("the change at {} comes from {:?}, and {status:?} was before", change.at, change.from_status));
+        if change.from_status.as_deref() != before {
+            found.push(format!(
+                "the change at {} comes from {:?}, and {before:?} was before",
+                change.at, change.from_status
+            ));
         }
-        status = Some(&change.to_status);
+        before = Some(&change.to_status);
         if change.to_status != "offline" {
             continue;
         }
@@ -108,12 +111,18 @@ pub(super) fn log(case: &Case<'_>) -> Vec<String> {
         };
         let reason = row.disconnect_reason.as_deref().unwrap_or("none: it is open");
         if reason != change.reason {
-            found.push(format!("offline at {} by {}, row {} says {reason}", change.at, change.reason, row.id));
+            found
+                .push(format!("offline at {} by {}, row {} says {reason}", change.at, change.reason, row.id));
         }
         let known = row.disconnected_by.or(row.disconnected_at).unwrap_or(change.at);
-        let cause = CloseReason::from_label(reason).map(CloseReason::cause);
-        if cause == Some(Cause::Server) && change.at.since(known) + CLOCK < RETURN_TIME {
-            found.push(format!("offline at {}, {:?} after the server ended row {}", change.at, change.at.since(known), row.id));
+        let whose = CloseReason::from_label(reason).map(CloseReason::cause);
+        if whose == Some(Cause::Server) && change.at.since(known) + CLOCK < RETURN_TIME {
+            found.push(format!(
+                "offline at {}, {:?} after the server ended row {}",
+                change.at,
+                change.at.since(known),
+                row.id
+            ));
         }
     }
     found
