@@ -7,8 +7,12 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::MissedTickBehavior;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
@@ -35,6 +39,8 @@ pub struct Lease {
     pub name: String,
     /// For how long a renewal holds; it is renewed three times as often.
     pub length: Duration,
+    /// Whether others live.
+    pub peers: Arc<AtomicBool>,
     /// Cancelled when this node was marked as ended.
     pub ended: CancellationToken,
 }
@@ -47,43 +53,51 @@ impl std::fmt::Debug for Lease {
 
 impl Lease {
     /// Renews until `stop` is cancelled or the node was ended.
+    ///
+    /// What a lost node left is ended beside the renewals: should that take long, this node must not be
+    /// taken for lost meanwhile.
     pub async fn run(self, stop: CancellationToken) {
         let mut watching = Watching::new(self.length);
-        while stop.run_until_cancelled(tokio::time::sleep(self.length / 3)).await.is_some() {
-            match self.renew(&mut watching).await {
-                Ok(true) => {}
-                Ok(false) => {
-                    self.ended.cancel();
-                    stop.cancelled().await;
-                    return;
-                }
-                Err(error) => {
-                    watching.failed();
-                    self.outage.failed("the renewal of the node's lease", &error);
-                }
+        let mut renewals = tokio::time::interval(self.length / 3);
+        renewals.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut ending = FuturesUnordered::new();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                Some(()) = ending.next() => {}
+                _ = renewals.tick() => match self.renew(&mut watching).await {
+                    Ok(Some(lost)) => ending.extend(lost.into_iter().map(|peer| self.end(peer))),
+                    Ok(None) => {
+                        self.ended.cancel();
+                        stop.cancelled().await;
+                        return;
+                    }
+                    Err(error) => {
+                        watching.failed();
+                        self.outage.failed("the renewal of the node's lease", &error);
+                    }
+                },
             }
         }
     }
 
-    /// Renews once, and ends whoever is lost; false where this node was ended.
-    async fn renew(&self, watching: &mut Watching) -> Result<bool, StoreError> {
+    /// Renews once; answers who is lost, none where this node itself was ended.
+    async fn renew(&self, watching: &mut Watching) -> Result<Option<Vec<Peer>>, StoreError> {
         if !self.store.renew_node(self.node_id, self.history.now()).await? {
-            return Ok(false);
+            return Ok(None);
         }
         self.outage.written();
         // A database that was restarted has forgotten who holds the name.
         if !self.store.lock_node_name(&self.name).await.unwrap_or(true) {
-            tracing::error!(name = self.name, "another process holds the lock on this node's name");
+            tracing::warn!(name = self.name, "another opamp-server has taken the name of this node");
         }
         let peers = self.store.list_peers(self.node_id).await?;
-        for lost in watching.renewed(self.history.clock().tick(), peers) {
-            self.end(&lost).await?;
-        }
-        Ok(true)
+        self.peers.store(!peers.is_empty(), Ordering::Relaxed);
+        Ok(Some(watching.renewed(self.history.clock().tick(), peers)))
     }
 
     /// Ends a lost node and what it left open.
-    async fn end(&self, lost: &Peer) -> Result<(), StoreError> {
+    async fn end(&self, lost: Peer) {
         let expected = self.history.expected();
         let heir = Heir {
             node: self.node_id,
@@ -91,17 +105,20 @@ impl Lease {
             return_time: expected.return_time(),
             first_poll: expected.first_poll(),
         };
-        if let Some(connections) = self.store.end_lost_node(lost, &heir).await? {
-            self.metrics.connections_ended.of(CloseReason::ServerLost).increment(connections);
-            tracing::warn!(
-                node_id = %lost.id,
-                name = lost.name,
-                connections,
-                "a node was lost: its lease did not move; its connections were ended as server_lost"
-            );
-            self.history.expect_verdicts();
+        match self.store.end_lost_node(&lost, &heir).await {
+            Ok(None) => {}
+            Ok(Some(connections)) => {
+                self.metrics.connections_ended.of(CloseReason::ServerLost).increment(connections);
+                tracing::warn!(
+                    node_id = %lost.id,
+                    name = lost.name,
+                    connections,
+                    "a node was lost: its lease did not move; its connections were ended as server_lost"
+                );
+                self.history.expect_verdicts();
+            }
+            Err(error) => self.outage.failed("the end of a lost node", &error),
         }
-        Ok(())
     }
 }
 
@@ -141,7 +158,10 @@ impl Watching {
             }
             now.since(*since) >= self.length.max(peer.lease)
         };
-        peers.into_iter().filter(lost).collect()
+        let lost: Vec<Peer> = peers.into_iter().filter(lost).collect();
+        // Whoever is still there after another whole lease is reported once more.
+        self.peers.retain(|id, _| lost.iter().all(|peer| peer.id != *id));
+        lost
     }
 }
 

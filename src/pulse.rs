@@ -45,6 +45,10 @@ impl Expectations {
     }
 }
 
+/// What arrives while a link is not read for longer than this is not dated by its reading; as long it takes until
+/// all of it was read.
+const ABSENCE: Duration = Duration::from_secs(1);
+
 /// No tick: what arrives is not read, because the server works on a message of this link.
 const BUSY: u64 = u64::MAX;
 
@@ -58,6 +62,8 @@ pub struct Link {
     dismissed: AtomicBool,
     /// Since when the link is read: [`BUSY`] while a message is being taken in.
     attentive_since: AtomicU64,
+    /// The last time for which it was not read for long: from, until.
+    absence: [AtomicU64; 2],
     received: AtomicU64,
     sent: AtomicU64,
     wake: Notify,
@@ -135,9 +141,22 @@ impl Link {
         self.attentive_since.store(BUSY, Ordering::Relaxed);
     }
 
-    /// Notes that the link is read again.
-    pub fn attend(&self, now: Tick) {
+    /// Notes that the link is read again, after it was not since `turned_away`.
+    pub fn attend(&self, turned_away: Tick, now: Tick) {
+        if now.since(turned_away) > ABSENCE {
+            let [from, until] = &self.absence;
+            from.store(turned_away.as_micros(), Ordering::Relaxed);
+            until.store(now.as_micros(), Ordering::Relaxed);
+        }
         self.attentive_since.store(now.as_micros(), Ordering::Relaxed);
+    }
+
+    /// What is proved by bytes that were read at `seen`: those read after an absence may have waited all the while.
+    #[must_use]
+    pub fn proof(&self, seen: Tick) -> Tick {
+        let [from, until] =
+            self.absence.each_ref().map(|tick| Tick::from_micros(tick.load(Ordering::Relaxed)));
+        if from < seen && seen <= until.after(ABSENCE) { from } else { seen }
     }
 
     /// Since when the link is read; none while it is not, and nobody on it can be heard.
@@ -257,6 +276,15 @@ impl Pulse {
         });
     }
 
+    /// True where a poll at `tick` comes later than the shortest gap so far and a half: others may have landed elsewhere.
+    #[must_use]
+    pub fn missed_polls(&self, tick: Tick) -> bool {
+        self.with(|beat| {
+            let shortest = beat.gaps.iter().copied().filter(|gap| *gap > 0).min().unwrap_or(0);
+            tick.since(beat.last_report) > Duration::from_millis(shortest.into()) * 3 / 2
+        })
+    }
+
     /// Notes what the store holds now, or needs not be told at once, and the number of the last report.
     pub fn settled(&self, number: Option<u64>, heard: Option<u64>, heartbeats: bool, quiet: bool) {
         self.with(|beat| {
@@ -313,13 +341,14 @@ impl Beat {
     /// By when the connection must be heard again.
     #[must_use]
     pub fn deadline(&self, transport: Transport, link: &Link, expected: &Expectations) -> Tick {
+        // Nobody is heard on a link that the server does not read.
+        let attended = |seen: Tick| seen.max(link.attentive_since().unwrap_or_default());
         match transport {
             Transport::Http => {
-                self.last_report.after(self.poll_silence(expected).unwrap_or(expected.first_poll()))
+                attended(self.last_report).after(self.poll_silence(expected).unwrap_or(expected.first_poll()))
             }
             Transport::Websocket => {
-                // Nobody is heard on a link that the server does not read.
-                let seen = self.last_seen(transport, link).max(link.attentive_since().unwrap_or_default());
+                let seen = attended(self.last_seen(transport, link));
                 let own_pace = link.is_shared() && self.heartbeats;
                 seen.after(if own_pace {
                     expected.timeout.max(expected.interval * 3)
@@ -389,10 +418,14 @@ mod tests {
         let (link, pulse) = (Link::heard_at(at(0)), Pulse::starting(at(0), None));
         link.turn_away();
         assert_eq!(link.attentive_since(), None);
-        link.attend(at(45));
+        link.attend(at(5), at(45));
         let beat = pulse.beat();
         assert_eq!(beat.deadline(Transport::Websocket, &link, &EXPECTED), at(105));
         assert_eq!(beat.last_seen(Transport::Websocket, &link), at(0), "that proves nothing");
+        link.attend(at(45), at(45));
+        assert_eq!(link.proof(at(46)), at(5), "what is read now may have waited");
+        assert_eq!(link.proof(at(47)), at(47));
+        assert_eq!(link.proof(at(4)), at(4));
     }
 
     #[test]

@@ -160,6 +160,7 @@ impl Server {
             node_id,
             name: name.clone(),
             length: config.node.lease,
+            peers: Arc::clone(&services.peers),
             ended: ended.clone(),
         };
         own(&mut owners, "lease", lease.run(stops.writing.clone()));
@@ -237,8 +238,10 @@ impl Server {
         self.services.closing.store(true, Ordering::Relaxed);
         self.admission.close();
         self.stops.judging.cancel();
-        let peers = tokio::time::timeout(GRACE / 4, self.store.0.has_living_peer(self.node_id)).await;
-        let peers = matches!(peers, Ok(Ok(true)));
+        let now = self.services.clock.now();
+        let peers = tokio::time::timeout(GRACE / 4, self.store.0.has_living_peer(self.node_id, now)).await;
+        // Polls that may live on elsewhere are left alone: who cannot ask does not end them.
+        let peers = !matches!(peers, Ok(Ok(false)));
         let _store_may_be_away = tokio::time::timeout_at(deadline, self.end_connections(peers)).await;
         self.admission.dismiss();
         self.stops.flushing.cancel();
@@ -304,7 +307,11 @@ impl Server {
 
     async fn end_chunk(&self, connections: &[Arc<OpenConnection>]) {
         let end = |connection: &Arc<OpenConnection>| {
-            self.services.history.end(connection, CloseReason::ServerShutdown, Noticed::Concluded)
+            let noticed = match connection.transport {
+                Transport::Websocket => Noticed::Concluded,
+                Transport::Http => Noticed::Unheard,
+            };
+            self.services.history.end(connection, CloseReason::ServerShutdown, noticed)
         };
         let tickets: Vec<_> = connections.iter().filter_map(end).collect();
         for ticket in tickets {
@@ -342,13 +349,15 @@ async fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpListener, So
     Ok((listener, bound))
 }
 
-/// Builds what sessions work with, and the two tasks behind it.
-async fn assemble(
+/// Builds what sessions work with, and the two tasks behind it: a node without listeners.
+pub async fn assemble(
     config: &Config,
     store: Arc<dyn Store>,
     node_id: Uuid,
 ) -> Result<(Arc<Services>, Writer, HeartbeatMonitor), ServerError> {
-    let clock = Clock::anchored(store.now().await?);
+    let asked = Instant::now();
+    let now = store.now().await?;
+    let clock = Clock::anchored(now.after(asked.elapsed() / 2));
     let metrics = Arc::new(Metrics::new());
     let outage = Arc::new(Outage::new(Arc::clone(&metrics)));
     let expected = Expectations { interval: config.heartbeat.interval, timeout: config.heartbeat.timeout };
@@ -370,8 +379,10 @@ async fn assemble(
         config.store.flush_interval,
         Box::new(move |connection| leaving.leave(connection)),
     );
-    let (questions, closing) = (Rate::new(QUESTIONS_PER_SECOND), AtomicBool::new(false));
-    let services = Services { store, history, hub, watch, clock, metrics, outage, sight, questions, closing };
+    let (peers, questions) = (Arc::default(), Rate::new(QUESTIONS_PER_SECOND));
+    let closing = AtomicBool::new(false);
+    let services =
+        Services { store, history, hub, watch, clock, metrics, outage, sight, peers, questions, closing };
     Ok((Arc::new(services), writer, monitor))
 }
 
@@ -497,7 +508,7 @@ async fn take_name(store: &dyn Store, name: &str, lease: Duration) -> Result<boo
 }
 
 /// Puts the node on record, ends what its predecessor left, and takes polls on record under watch.
-async fn restore(
+pub async fn restore(
     services: &Arc<Services>,
     name: &str,
     node_id: Uuid,

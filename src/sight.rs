@@ -3,10 +3,11 @@
 //! The process was stopped or starved, or the store is away. [`Sight::run`] looks at the clock at a
 //! steady pace; a look that comes late is a blindness, and until it was noticed [`Sight::can_judge`]
 //! says no, so that no verdict falls in between. Every deadline moves by the blindness since the
-//! agent was last seen. It must not know agents, connections or verdicts.
+//! agent was last seen. A time in which newcomers are refused is no blindness, but nobody is accused
+//! of not returning in it. It must not know agents, connections or verdicts.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -24,6 +25,10 @@ const LATE: Duration = Duration::from_secs(1);
 
 /// How long what arrived during a blindness has to be read before anybody is judged.
 const SETTLE: Duration = Duration::from_secs(1);
+
+/// How long after the last refusal those refused may still be on their way: they are told to come back within
+/// 30 to 60 s.
+const COMING_BACK: Duration = Duration::from_secs(65);
 
 /// The most blindnesses that are kept apart; beyond it the oldest two become one.
 const KEPT: usize = 64;
@@ -43,7 +48,12 @@ pub struct Sight {
     clock: Clock,
     metrics: Arc<Metrics>,
     outage: Arc<Outage>,
+    began: Tick,
     last_look: AtomicU64,
+    /// True from the first look that finds the store away until the look that notes its return.
+    troubled: AtomicBool,
+    /// When a newcomer was refused last, in microseconds; 0 = never.
+    refused: AtomicU64,
     noticed: AtomicUsize,
     past: Mutex<VecDeque<Blindness>>,
 }
@@ -52,25 +62,34 @@ impl Sight {
     /// Good sight from now on.
     #[must_use]
     pub fn new(clock: Clock, metrics: Arc<Metrics>, outage: Arc<Outage>) -> Self {
-        let last_look = AtomicU64::new(clock.tick().as_micros());
-        Self { clock, metrics, outage, last_look, noticed: AtomicUsize::new(0), past: Mutex::default() }
+        let began = clock.tick();
+        let last_look = AtomicU64::new(began.as_micros());
+        let (troubled, refused, noticed) = (AtomicBool::new(false), AtomicU64::new(0), AtomicUsize::new(0));
+        Self { clock, metrics, outage, began, last_look, troubled, refused, noticed, past: Mutex::default() }
     }
 
     /// Looks until `stop` is cancelled.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
-        let mut away_since = None;
+        let (mut away_since, mut refusing) = (None, false);
         while stop.run_until_cancelled(tokio::time::sleep(PACE)).await.is_some() {
             let now = self.clock.tick();
             let last = self.last_look();
+            if now.since(last) > LATE {
+                let stopped = Blindness { from: last, until: now, deaf: true };
+                self.notice(stopped, "the process was stopped or starved");
+                // What was before is noted, and no time counts twice.
+                away_since = away_since.and(Some(now));
+            }
             if self.outage.is_away() {
-                away_since = away_since.or(Some(last));
+                away_since = away_since.or(Some(now));
+                self.troubled.store(true, Ordering::Release);
             } else if let Some(from) = away_since.take() {
                 self.notice(Blindness { from, until: now, deaf: false }, "the store was away");
-            } else if now.since(last) > LATE {
-                self.notice(
-                    Blindness { from: last, until: now, deaf: true },
-                    "the process was stopped or starved",
-                );
+                self.troubled.store(false, Ordering::Release);
+            }
+            if std::mem::replace(&mut refusing, self.is_refusing(now)) && !refusing {
+                // Whoever was refused has its whole return time from now on.
+                self.noticed.fetch_add(1, Ordering::Release);
             }
             // Last, so that whoever judges by a fresh look knows of every blindness before it.
             self.last_look.store(now.as_micros(), Ordering::Release);
@@ -116,7 +135,26 @@ impl Sight {
     pub fn can_judge(&self, now: Tick) -> bool {
         now.since(self.last_look()) <= LATE
             && !self.outage.is_away()
+            && !self.troubled.load(Ordering::Acquire)
             && self.with(|past| past.back().is_none_or(|last| now >= last.until.after(SETTLE)))
+    }
+
+    /// True where it may be held against an agent that it did not return by `now`: it could have.
+    #[must_use]
+    pub fn can_conclude(&self, now: Tick) -> bool {
+        self.can_judge(now) && !self.is_refusing(now)
+    }
+
+    /// Notes that a newcomer was refused at `now` for want of room.
+    pub fn refuse(&self, now: Tick) {
+        self.refused.store(now.as_micros().max(1), Ordering::Relaxed);
+    }
+
+    /// True while those who were refused may still be on their way.
+    #[must_use]
+    pub fn is_refusing(&self, now: Tick) -> bool {
+        let refused = self.refused.load(Ordering::Relaxed);
+        refused > 0 && now.since(Tick::from_micros(refused)) <= COMING_BACK
     }
 
     /// For how long the server was blind since `seen`.
@@ -137,6 +175,13 @@ impl Sight {
             past.iter().find(covers).map(|blind| blind.from)
         });
         noticed.or(unnoticed).unwrap_or(seen)
+    }
+
+    /// Since when this server sees and the store is there: its start, or the end of its last blindness.
+    #[must_use]
+    pub fn resumed(&self, now: Tick) -> Tick {
+        let unnoticed = now.since(self.last_look()) > LATE || self.troubled.load(Ordering::Acquire);
+        if unnoticed { now } else { self.with(|past| past.back().map_or(self.began, |last| last.until)) }
     }
 
     /// The store's trouble, which blinds as well.
@@ -179,6 +224,7 @@ mod tests {
         assert_eq!(sight.blindness_since(seen), Duration::from_secs(10));
         assert_eq!(sight.blindness_since(seen.after(Duration::from_secs(4))), Duration::from_secs(6));
         assert_eq!(sight.blindness_since(clock.tick()), Duration::ZERO);
+        assert_eq!(sight.resumed(clock.tick()), seen.after(Duration::from_secs(10)));
     }
 
     #[tokio::test(start_paused = true)]
@@ -215,8 +261,43 @@ mod tests {
         };
         tokio::join!(looking, story);
         let blind = sight.blindness_since(began);
-        assert!(blind >= Duration::from_secs(5) && blind < Duration::from_secs(6), "{blind:?}");
+        assert!(blind > Duration::from_millis(4_500) && blind < Duration::from_secs(6), "{blind:?}");
         assert_eq!(sight.noticed(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn between_a_return_of_the_store_and_the_look_that_notes_it_nobody_is_judged() {
+        let (sight, outage, clock) = sight();
+        let stop = CancellationToken::new();
+        let looking = Arc::clone(&sight).run(stop.clone());
+        let story = async {
+            outage.failed("a test", &StoreError::Conflict);
+            tokio::time::sleep(PACE + PACE / 2).await;
+            outage.written();
+            assert!(!sight.can_judge(clock.tick()));
+            tokio::time::sleep(PACE).await;
+            assert!(!sight.can_judge(clock.tick()), "what arrived meanwhile is to be read first");
+            stop.cancel();
+        };
+        tokio::join!(looking, story);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_was_refused_is_not_accused_of_staying_away() {
+        let (sight, _, clock) = sight();
+        let stop = CancellationToken::new();
+        let looking = Arc::clone(&sight).run(stop.clone());
+        let story = async {
+            sight.refuse(clock.tick());
+            tokio::time::sleep(COMING_BACK).await;
+            assert!(sight.can_judge(clock.tick()) && !sight.can_conclude(clock.tick()));
+            assert_eq!(sight.noticed(), 0);
+            tokio::time::sleep(PACE * 2).await;
+            assert!(sight.can_conclude(clock.tick()));
+            assert_eq!(sight.noticed(), 1, "return times begin anew");
+            stop.cancel();
+        };
+        tokio::join!(looking, story);
     }
 
     #[test]

@@ -63,13 +63,13 @@ impl Verdicts {
     ///
     /// `forgiven` counts the blindnesses for which agents were given their return time anew.
     async fn carry_out(&self, forgiven: &mut usize) -> Result<Duration, StoreError> {
-        if !self.sight.can_judge(self.history.clock().tick()) {
+        if !self.sight.can_conclude(self.history.clock().tick()) {
             return Ok(SHORTEST_PAUSE);
         }
         let now = self.history.now();
         let noticed = self.sight.noticed();
         if *forgiven < noticed {
-            if !self.store.has_living_peer(self.node_id).await? {
+            if !self.store.has_living_peer(self.node_id, now).await? {
                 self.store.postpone_verdicts(now, self.history.expected().return_time()).await?;
             }
             *forgiven = noticed;

@@ -124,6 +124,12 @@ impl OpenConnection {
         if self.transport == Transport::Http { self.pulse.beat().poll_silence(expected) } else { None }
     }
 
+    /// What is proved by a sign of life that was read at `seen`: less, where nothing was read before.
+    #[must_use]
+    pub fn proof(&self, sight: &Sight, seen: Tick) -> Tick {
+        sight.proof(self.link.proof(seen))
+    }
+
     /// When it was last heard.
     #[must_use]
     pub fn last_seen(&self) -> Tick {
@@ -207,7 +213,7 @@ struct Shared {
     inbox: Mutex<Inbox>,
     /// Agents one of whose connections is about to open or to end.
     at_work: Arc<AtWork>,
-    /// How many writes a second the store took lately.
+    /// How fast the store takes writes.
     pace: Pace,
     arrived: Notify,
     pending_verdict: Notify,
@@ -281,11 +287,15 @@ impl History {
             number,
             older: older.map(|older| Older {
                 connection_id: older.id,
-                last_proof: self.shared.clock.moment(self.shared.sight.proof(older.last_seen())),
+                last_proof: self.shared.clock.moment(older.proof(&self.shared.sight, older.last_seen())),
                 number: older.pulse.beat().heard,
             }),
             spare,
             first_poll: (transport == Transport::Http).then(|| self.shared.expected.first_poll()),
+            excused_until: (transport == Transport::Http).then(|| {
+                let resumed = self.shared.sight.resumed(self.shared.clock.tick());
+                self.shared.clock.moment(resumed.after(self.shared.expected.return_time()))
+            }),
         };
         match self.push(Write::CreateConnection(new), Concern::Nobody, None).await {
             Ok(Reply::Written(Written::Created(opened))) => {
@@ -336,11 +346,13 @@ impl History {
         let (clock, sight) = (&self.shared.clock, &self.shared.sight);
         let tick = clock.tick();
         let now = clock.moment(tick);
-        let last_seen_at = clock.moment(sight.proof(heard)).min(now);
-        // What is read after a blindness may have happened at any time during it.
-        let seen = noticed == Noticed::Seen && sight.proof(tick) == tick;
+        let last_seen_at = clock.moment(connection.proof(sight, heard)).min(now);
+        // What is read after a time in which nothing was may have happened at any moment of it.
+        let seen = noticed == Noticed::Seen && connection.proof(sight, tick) == tick;
         let sighted = Moment::from_micros(connection.sighted.load(Ordering::Relaxed));
-        let server_caused = reason.cause() == Cause::Server;
+        // Who lost its connection while newcomers are refused could not have kept it: nobody said good-bye.
+        let server_caused = reason.cause() == Cause::Server
+            || reason == CloseReason::ConnectionLost && sight.is_refusing(tick);
         let end = ConnectionEnd {
             agent: connection.agent,
             connection_id: connection.id,
@@ -387,7 +399,7 @@ impl History {
     /// took the last ones.
     #[must_use]
     pub fn delay(&self) -> Duration {
-        self.shared.pace.time_for(self.shared.inbox().len())
+        self.shared.pace.delay(self.shared.clock.tick(), self.shared.inbox().len())
     }
 
     /// How many connections have ended whose end is not on record.

@@ -1,13 +1,14 @@
 //! The one task that writes: batches, halves where the store refuses them, patience where it is away.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
 use super::inbox::{Job, Reply, Waiting};
 use super::{Shared, count};
+use crate::clock::Tick;
 use crate::store::{Ended, StoreError, Write, Written};
 
 /// The most writes that share one commit.
@@ -19,26 +20,37 @@ const RETRY_PAUSE: Duration = Duration::from_millis(250);
 /// How often a batch is tried that met another writer.
 const CONFLICT_TRIES: u32 = 5;
 
-/// The pace at which the store takes writes: the time of one, in nanoseconds, averaged over the last commits.
+/// How fast the store takes writes, as the last commits showed.
 #[derive(Debug, Default)]
-pub(super) struct Pace(AtomicU64);
+pub(super) struct Pace {
+    /// How long a commit takes, in microseconds.
+    commit: AtomicU64,
+    /// How many writes share one at most.
+    limit: AtomicUsize,
+    /// When the commit that is under way began, in microseconds; 0 = none is.
+    began: AtomicU64,
+}
 
 impl Pace {
-    /// Notes that so many writes took so long.
-    fn note(&self, writes: usize, took: Duration) {
-        let writes = u64::try_from(writes).unwrap_or(u64::MAX).max(1);
-        let one = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX) / writes;
-        let before = self.0.load(Ordering::Relaxed);
-        // A commit of a few says little about one of many: it counts by its size.
-        let weight = writes.min(100);
-        let after =
-            (u128::from(before) * u128::from(400 - weight) + u128::from(one) * u128::from(weight)) / 400;
-        self.0.store(u64::try_from(after).unwrap_or(u64::MAX), Ordering::Relaxed);
+    fn begin(&self, now: Tick, limit: usize) {
+        self.limit.store(limit, Ordering::Relaxed);
+        self.began.store(now.as_micros(), Ordering::Relaxed);
     }
 
-    /// How long so many writes will take.
-    pub(super) fn time_for(&self, writes: usize) -> Duration {
-        Duration::from_nanos(self.0.load(Ordering::Relaxed).saturating_mul(writes as u64))
+    fn end(&self, took: Duration) {
+        let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX);
+        let before = self.commit.load(Ordering::Relaxed);
+        self.commit.store(before / 2 + took / 2, Ordering::Relaxed);
+        self.began.store(0, Ordering::Relaxed);
+    }
+
+    /// How long a write that comes at `now` will wait behind so many others.
+    pub(super) fn delay(&self, now: Tick, waiting: usize) -> Duration {
+        let commits = waiting / self.limit.load(Ordering::Relaxed).max(1);
+        let all = self.commit.load(Ordering::Relaxed).saturating_mul(commits as u64);
+        let began = self.began.load(Ordering::Relaxed);
+        let under_way = if began == 0 { Duration::ZERO } else { now.since(Tick::from_micros(began)) };
+        under_way.max(Duration::from_micros(all))
     }
 }
 
@@ -86,10 +98,12 @@ impl Writer {
             let started = self.shared.clock.tick();
             let (writes, waiting): (Vec<Write>, Vec<Waiting>) =
                 batch.into_iter().map(|job| (job.write, job.waiting)).unzip();
-            match self.try_write(&writes).await {
+            self.shared.pace.begin(started, self.limit);
+            let result = self.try_write(&writes).await;
+            let took = self.shared.clock.tick().since(started);
+            self.shared.pace.end(took);
+            match result {
                 Ok(written) => {
-                    let took = self.shared.clock.tick().since(started);
-                    self.shared.pace.note(writes.len(), took);
                     self.shared.metrics.store_commit.record(took.as_secs_f64());
                     self.shared.metrics.store_batch_size.record(count(writes.len()));
                     self.shared.outage.written();
@@ -174,5 +188,24 @@ impl Writer {
         if end.offline_at.is_some() {
             self.shared.pending_verdict.notify_one();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_delay_follows_what_commits_take_and_the_one_under_way() {
+        let (pace, at) = (Pace::default(), |second: u64| Tick::from_micros(second * 1_000_000));
+        assert_eq!(pace.delay(at(1), 5_000), Duration::ZERO, "nothing is known");
+        for second in 1..20 {
+            pace.begin(at(second), 1_000);
+            pace.end(Duration::from_millis(500));
+        }
+        let delay = pace.delay(at(20), 5_000);
+        assert!(delay > Duration::from_millis(2_400) && delay <= Duration::from_millis(2_500), "{delay:?}");
+        pace.begin(at(20), 1_000);
+        assert_eq!(pace.delay(at(27), 10), Duration::from_secs(7), "it hangs");
     }
 }

@@ -27,7 +27,7 @@ async fn flush(services: &Services) {
             continue;
         }
         if let Some((seen, sequence_num)) = connection.pulse.untold(connection.last_seen()) {
-            let at = services.clock.moment(services.sight.proof(seen));
+            let at = services.clock.moment(connection.proof(&services.sight, seen));
             connection.note_sighting(at);
             sightings.push(Sighting {
                 agent: connection.agent,

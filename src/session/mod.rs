@@ -55,10 +55,23 @@ pub struct Services {
     pub outage: Arc<Outage>,
     /// Whether the server itself was blind.
     pub sight: Arc<Sight>,
+    /// True while other nodes live, where polls may land.
+    pub peers: Arc<AtomicBool>,
     /// Whose turn it is to be asked for full state.
     pub questions: Rate,
     /// True once the server stops: no session opens any more.
     pub closing: AtomicBool,
+}
+
+impl Services {
+    /// Counts a newcomer, or a message, that was refused; who was refused for want of room may return later
+    /// than else.
+    pub fn note_refusal(&self, cause: Refused) {
+        self.metrics.refused.of(cause).increment(1);
+        if matches!(cause, Refused::Connections | Refused::Rate | Refused::Store) {
+            self.sight.refuse(self.clock.tick());
+        }
+    }
 }
 
 impl std::fmt::Debug for Services {
@@ -174,6 +187,23 @@ impl Session {
         Ok(Opened::Session(session))
     }
 
+    /// Makes sure that a poller which may have been at another node since its last poll here still has its row.
+    async fn make_sure(&self, heard: Tick) {
+        let services = &self.services;
+        if self.connection.transport != Transport::Http
+            || !services.peers.load(Ordering::Relaxed)
+            || !self.connection.pulse.missed_polls(heard)
+        {
+            return;
+        }
+        // A store that is away is asked nothing: who is connected is answered.
+        if let Ok(open) = services.store.get_active_connection(self.connection.agent).await
+            && open.is_none_or(|row| row.id != self.connection.id)
+        {
+            self.connection.abandon(CloseReason::Superseded);
+        }
+    }
+
     /// The open connection.
     #[must_use]
     pub fn connection(&self) -> &Arc<OpenConnection> {
@@ -276,7 +306,7 @@ impl Session {
         parts: PartSet,
         heard: Tick,
     ) -> Result<(), Refusal> {
-        let at = self.services.clock.moment(self.services.sight.proof(heard));
+        let at = self.services.clock.moment(self.connection.proof(&self.services.sight, heard));
         self.connection.note_sighting(at);
         let update = AgentUpdate {
             agent: self.connection.agent,
@@ -375,6 +405,9 @@ pub async fn exchange(
     inbound: &mut Inbound,
 ) -> Exchange {
     let heard = origin.link.last_byte();
+    if let Some(session) = slot {
+        session.make_sure(heard).await;
+    }
     slot.take_if(|session| session.connection.ended().is_some_and(|reason| may_return(origin, reason)));
     let result = match slot {
         Some(session) if session.connection.ended().is_some() => Err(unavailable()),
@@ -402,9 +435,9 @@ fn is_farewell(reason: CloseReason) -> bool {
 }
 
 /// True where an agent whose connection ended so may open the next one from here: each poll stands
-/// for itself; a WebSocket that the server closes must not be used again.
+/// for itself; a WebSocket that the server closes must not be used again. One whose row was lost is not closed.
 fn may_return(origin: &Origin, reason: CloseReason) -> bool {
-    origin.transport == Transport::Http || reason.cause() == Cause::Agent
+    origin.transport == Transport::Http || reason.cause() == Cause::Agent || reason == CloseReason::ServerLost
 }
 
 /// The first report of an agent on a link opens its session, unless it is a farewell.
@@ -505,7 +538,7 @@ fn refusal(services: &Services, error: &StoreError) -> Refusal {
         | StoreError::Conflict
         | StoreError::Corrupt(_)
         | StoreError::Schema(_) => {
-            services.metrics.refused.of(Refused::Store).increment(1);
+            services.note_refusal(Refused::Store);
             unavailable()
         }
     }

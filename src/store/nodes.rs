@@ -6,12 +6,15 @@ use async_trait::async_trait;
 use sqlx::{ColumnIndex, Connection, Decode, Encode, Executor, FromRow, IntoArguments, Transaction, Type};
 use uuid::Uuid;
 
-use super::dialect::{Dialect, LockPlace, NameLock, SqlStore, bounded, failure, sql};
+use super::dialect::{Dialect, LockPlace, NameLock, SqlStore, bounded, bounded_by, failure, sql};
 use super::status_log::log_row;
 use super::{NodeStore, Status, StatusChange, StoreError};
 use crate::agent::InstanceUid;
 use crate::clock::{Moment, micros};
 use crate::close::CloseReason;
+
+/// How long it may take to end what a node left open: its whole fleet, in one transaction.
+const TAKE_OVER: Duration = Duration::from_mins(1);
 
 /// A node that starts.
 #[derive(Clone, Debug)]
@@ -76,7 +79,7 @@ pub struct NodeStart {
     pub lost_connections: u64,
     /// True where no other node is alive.
     pub alone: bool,
-    /// How long no node watched the fleet; none where another one is alive or there never was one.
+    /// How long no node watched the fleet; none where another one lives or there never was one.
     pub unwatched: Option<Duration>,
 }
 
@@ -128,7 +131,7 @@ where
     }
 
     async fn start_node(&self, node: &NewNode) -> Result<NodeStart, StoreError> {
-        bounded(self.start(node)).await
+        bounded_by(TAKE_OVER, self.start(node)).await
     }
 
     async fn postpone_verdicts(&self, now: Moment, return_time: Duration) -> Result<(), StoreError> {
@@ -173,7 +176,7 @@ where
     }
 
     async fn end_lost_node(&self, lost: &Peer, heir: &Heir) -> Result<Option<u64>, StoreError> {
-        bounded(self.end_lost(lost, heir)).await
+        bounded_by(TAKE_OVER, self.end_lost(lost, heir)).await
     }
 
     async fn end_strays(&self, heir: &Heir) -> Result<u64, StoreError> {
@@ -198,8 +201,9 @@ where
         Ok(held.map(|(id, agent, last_seen_at)| Held { id, agent: agent.into(), last_seen_at }).collect())
     }
 
-    async fn has_living_peer(&self, node: Uuid) -> Result<bool, StoreError> {
-        Ok(!self.list_peers(node).await?.is_empty())
+    async fn has_living_peer(&self, node: Uuid, at: Moment) -> Result<bool, StoreError> {
+        let peers = self.list_peers(node).await?;
+        Ok(peers.iter().any(|peer| at.since(peer.renewed_at) <= peer.lease))
     }
 }
 
@@ -321,7 +325,10 @@ where
                 .await
                 .map_err(failure::<D>)?;
         let alone = peer.is_none();
-        let unwatched = watched_until.filter(|_| alone).map(|until| node.at.since(until));
+        // A peer that is not marked as ended may be dead all the same: then nobody renewed for a lease.
+        let unwatched = watched_until
+            .map(|until| node.at.since(until))
+            .filter(|unwatched| alone || *unwatched > node.lease);
         let heir =
             Heir { node: node.id, at: node.at, return_time: node.return_time, first_poll: node.first_poll };
         let lost_connections = Self::inherit(&mut tx, &heir, alone).await?;

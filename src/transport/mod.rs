@@ -201,7 +201,7 @@ impl Context {
     }
 
     fn deny(&self, denied: Denied) -> Answer {
-        self.services.metrics.refused.of(denied.cause()).increment(1);
+        self.services.note_refusal(denied.cause());
         denied.answer()
     }
 

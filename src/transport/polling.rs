@@ -21,6 +21,8 @@ use super::{Answer, PROTOBUF, closing, text};
 use crate::agent::offer::Refusal;
 use crate::agent::{InstanceUid, Sender};
 use crate::burden::Share;
+use crate::clock::Tick;
+use crate::history::OpenConnection;
 use crate::metrics::{DecodeFailure, Refused};
 use crate::pulse::Link;
 use crate::session::{Exchange, Exchanged, Inbound, Origin, Services, exchange, introduce, reject, sender};
@@ -95,7 +97,7 @@ pub(super) async fn poll(
 
 /// There was no memory for the message.
 fn crowded(services: &Services) -> Answer {
-    services.metrics.refused.of(Refused::Memory).increment(1);
+    services.note_refusal(Refused::Memory);
     come_back_later()
 }
 
@@ -121,7 +123,7 @@ async fn exchanged(
         None
     };
     if let Some(cause) = refused {
-        services.metrics.refused.of(cause).increment(1);
+        services.note_refusal(cause);
         return reject(services, &report.instance_uid, Refusal::Unavailable { retry_after_seconds: 30 });
     }
     let origin = Origin {
@@ -147,6 +149,7 @@ async fn seated(
 ) -> Exchange {
     let seat = services.hub.seat(agent);
     let mut session = seat.lock().await;
+    let _attending = services.hub.get(agent).map(|connection| Attending::to_poll(services, connection));
     let exchange = exchange(services, &mut session, origin, agent, inbound).await;
     if session.is_some() {
         services.hub.keep_seat(agent, &seat);
@@ -154,6 +157,26 @@ async fn seated(
         services.hub.free_seat(agent);
     }
     exchange
+}
+
+/// A poll that the server works on: meanwhile nobody can say that its agent is silent.
+struct Attending {
+    services: Arc<Services>,
+    connection: Arc<OpenConnection>,
+    began: Tick,
+}
+
+impl Attending {
+    fn to_poll(services: &Arc<Services>, connection: Arc<OpenConnection>) -> Self {
+        connection.link.turn_away();
+        Self { services: Arc::clone(services), connection, began: services.clock.tick() }
+    }
+}
+
+impl Drop for Attending {
+    fn drop(&mut self) {
+        self.connection.link.attend(self.began, self.services.clock.tick());
+    }
 }
 
 /// True for gzip, false for none; the error is an encoding nobody knows.

@@ -14,7 +14,7 @@ use super::{ConnectionEnd, NewConnection, Rival, stored_number};
 use crate::agent::report::{KnownAgent, Part, PartSet};
 use crate::agent::{Capabilities, InstanceUid};
 use crate::clock::Moment;
-use crate::close::{Cause, CloseReason};
+use crate::close::CloseReason;
 
 /// An agent's row as locked at the start of a transaction.
 #[derive(Clone, Debug, FromRow)]
@@ -149,10 +149,12 @@ fn displacement(
         return None;
     }
     let polls_on = row.transport == Transport::Http && new.transport == Transport::Http;
+    let in_time = |first| {
+        let deadline = proof.after(agent.poll_silence().unwrap_or(first));
+        deadline.max(new.excused_until.unwrap_or(deadline)) >= connected_at
+    };
     let reason = match new.first_poll {
-        Some(first) if polls_on && proof.after(agent.poll_silence().unwrap_or(first)) >= connected_at => {
-            return None;
-        }
+        Some(first) if polls_on && in_time(first) => return None,
         Some(_) if polls_on => CloseReason::HeartbeatTimeout,
         _ if row.node_gone => CloseReason::ServerLost,
         _ => CloseReason::Superseded,
@@ -183,7 +185,7 @@ pub(super) fn end_of_stay(
     let retires = matches!(end.reason, CloseReason::UidReassigned | CloseReason::Deleted);
     let to = if retires || agent.delete_ordered {
         Status::Retired
-    } else if end.reason.cause() == Cause::Agent {
+    } else if end.offline_at.is_none() {
         Status::Offline
     } else {
         agent.status

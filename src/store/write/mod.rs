@@ -104,7 +104,7 @@ pub struct ConnectionEnd {
     pub last_seen_at: Moment,
     /// The number that the stored state stands for.
     pub sequence_num: Option<u64>,
-    /// For an end the server caused: when the agent goes offline unless it returns.
+    /// For an end that counts as the server's: when the agent goes offline unless it returns; none = at once.
     pub offline_at: Option<Moment>,
     /// For polls: changes nothing where the store saw the agent later than this.
     pub unless_seen_after: Option<Moment>,
@@ -136,6 +136,8 @@ pub struct NewConnection {
     /// For polls: how long a poller may be silent whose pace is not on record. An open connection
     /// over plain HTTP that was heard within its time goes on.
     pub first_poll: Option<Duration>,
+    /// For polls: nobody was silent before this moment, because this node could not have heard it.
+    pub excused_until: Option<Moment>,
 }
 
 /// What a node knows better than the store of a connection that it holds.

@@ -177,7 +177,7 @@ where
                 },
             };
             let step = match step {
-                Ok(()) if self.agents.curious => self.ask().await,
+                Ok(()) if self.agents.curious => Box::pin(self.ask()).await,
                 step => step,
             };
             if let Err(end) = step {
@@ -299,7 +299,7 @@ impl Agents {
         }
         match reason {
             Some(reason) if self.sessions.is_empty() => Err(End::Close(reason)),
-            _ if self.sessions.is_empty() && self.origin.link.is_dismissed() => {
+            _ if self.is_lonely() && self.origin.link.is_dismissed() => {
                 Err(End::Close(CloseReason::ServerShutdown))
             }
             _ => Ok(()),
@@ -392,6 +392,7 @@ impl Agents {
         share: Option<Share>,
     ) -> Result<Vec<u8>, End> {
         let link = Arc::clone(&self.origin.link);
+        let turned_away = self.services.clock.tick();
         link.turn_away();
         let frame = match self.unfold(report, body, share).await {
             Ok(Ok(inbound)) => {
@@ -400,12 +401,12 @@ impl Agents {
             }
             Ok(Err(Unfit::Wire(error))) => Ok(self.malformed(&error)),
             Ok(Err(Unfit::Crowded)) => {
-                self.services.metrics.refused.of(Refused::Memory).increment(1);
+                self.services.note_refusal(Refused::Memory);
                 Ok(wire::encode_frame(&reject(&self.services, &self.only_uid(), come_later()).offer))
             }
             Err(end) => Err(end),
         };
-        link.attend(self.services.clock.tick());
+        link.attend(turned_away, self.services.clock.tick());
         frame
     }
 
@@ -456,14 +457,14 @@ impl Agents {
         let index = match self.sessions.binary_search_by_key(&agent, |(uid, _)| *uid) {
             Ok(index) => index,
             Err(_) if self.sessions.len() >= self.admission.limits().max_per_link => {
-                self.services.metrics.refused.of(Refused::PerLink).increment(1);
+                self.services.note_refusal(Refused::PerLink);
                 return Exchange::Done(Box::new(reject(&self.services, uid, come_later())));
             }
             // The first agent of a link was admitted with it.
             Err(_)
                 if !self.sessions.is_empty() && !self.admission.admits_newcomer(&self.services.history) =>
             {
-                self.services.metrics.refused.of(Refused::Rate).increment(1);
+                self.services.note_refusal(Refused::Rate);
                 return Exchange::Done(Box::new(reject(&self.services, uid, come_later())));
             }
             Err(index) => {
@@ -501,9 +502,14 @@ impl Agents {
         }
     }
 
+    /// True where no session is on the link.
+    fn is_lonely(&self) -> bool {
+        self.sessions.iter().all(|(_, session)| session.is_none())
+    }
+
     /// Notes since when nobody is on the link.
     fn note_company(&mut self) {
-        if self.sessions.iter().any(|(_, session)| session.is_some()) {
+        if !self.is_lonely() {
             self.lonely_since = None;
         } else if self.lonely_since.is_none() {
             self.lonely_since = Some(self.services.clock.tick());

@@ -100,8 +100,21 @@ async fn services() -> Arc<Services> {
     let owners = async move { tokio::join!(writer.run(stop.clone()), monitor.run(stop)) };
     drop(tokio_util::task::TaskTracker::new().spawn(owners));
     let hub = Arc::new(Hub::new(Arc::clone(&metrics)));
-    let (questions, closing) = (Rate::new(QUESTIONS_PER_SECOND), AtomicBool::new(false));
-    Arc::new(Services { store, history, hub, watch, clock, metrics, outage, sight, questions, closing })
+    let (peers, questions) = (Arc::default(), Rate::new(QUESTIONS_PER_SECOND));
+    let closing = AtomicBool::new(false);
+    Arc::new(Services {
+        store,
+        history,
+        hub,
+        watch,
+        clock,
+        metrics,
+        outage,
+        sight,
+        peers,
+        questions,
+        closing,
+    })
 }
 
 fn admission() -> Arc<Admission> {

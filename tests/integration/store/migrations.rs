@@ -20,8 +20,8 @@ const TABLES: [&str; 7] = [
 /// Rows in every table, and links between them.
 async fn inhabit(database: &Database) {
     let store = database.open().await;
-    let node = Node::start(&store, "a", at(0)).await;
-    Node::start(&store, "a", at(1)).await;
+    Node::start(&store, "a", at(0)).await;
+    let node = Node::start(&store, "a", at(1)).await;
     let temporary = create(&store, node.poll(uid(1), at(10))).await;
     store.assign_uid(uid(1), uid(2), at(11)).await.expect("a uid is assigned");
     node.end(&temporary, uid(1), CloseReason::UidReassigned, at(12)).await;

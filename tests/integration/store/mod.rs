@@ -126,6 +126,8 @@ conformance! {
         an_ended_node_cannot_renew(store),
         a_node_that_was_replaced_cannot_renew(store),
         living_peers_are_seen(database),
+        a_lost_node_is_ended_once(database),
+        strays_of_ended_nodes_are_ended(database),
         a_node_name_has_one_holder(database),
         a_lost_lock_on_a_name_is_taken_again(database),
         the_time_is_the_databases(store),

@@ -6,12 +6,12 @@ use std::time::Duration;
 use opamp_server::clock;
 use opamp_server::close::CloseReason;
 use opamp_server::config::Ephemeral;
-use opamp_server::store::{NodeStart, Status, Store, Write};
+use opamp_server::store::{Heir, Held, NodeStart, Peer, Status, Store, StoreError, Write};
 use uuid::Uuid;
 
 use super::scene::{
     Node, RETURN_TIME, assert_true_history, at, create, history, new_node, only_row, report, row, status_log,
-    uid, update,
+    uid, update, write_one,
 };
 use crate::harness::{Database, Kind};
 
@@ -107,15 +107,79 @@ pub(super) async fn a_start_leaves_the_rows_of_a_living_peer(database: &Database
     peer.visit(uid(3), at(10), at(20)).await;
     let (_, found) = Node::start_as(&store, new_node("b", at(500))).await;
     let peers = database.kind() == Kind::Postgres;
-    let unwatched = (!peers).then_some(Duration::from_secs(500));
+    // It did not renew for so long that nobody can have watched.
+    let unwatched = Some(Duration::from_secs(500));
     assert_eq!(found, NodeStart { lost_connections: if peers { 0 } else { 2 }, alone: !peers, unwatched });
     let fence = |opened: &opamp_server::store::Opened| peers.then_some(opened.connection_id);
     assert_eq!(row(&store, uid(1)).await.connection_id, fence(&held));
     assert_eq!(row(&store, uid(2)).await.connection_id, fence(&polled));
     assert_eq!(store.renew_node(peer.id, at(501)).await, Ok(peers));
+    let (_, found) = Node::start_as(&store, new_node("c", at(502))).await;
+    assert_eq!(found.unwatched, (!peers).then_some(Duration::from_secs(2)), "it renewed a moment ago");
     for number in [1, 2, 3] {
         assert_true_history(&store, uid(number)).await;
     }
+}
+
+fn heir(node: &Node, second: i64) -> Heir {
+    Heir { node: node.id, at: at(second), return_time: RETURN_TIME, first_poll: Duration::from_secs(90) }
+}
+
+/// A node that does not renew is ended once, by one, with what it held; one that moved is left alone.
+pub(super) async fn a_lost_node_is_ended_once(database: &Database) {
+    let store = database.open().await;
+    let lost = Node::start(&store, "a", at(0)).await;
+    lost.open(uid(1), at(10)).await;
+    create(&store, lost.poll(uid(2), at(10))).await;
+    let peer = Node::start(&store, "b", at(20)).await;
+    let other = Node::start(&store, "c", at(20)).await;
+    if database.kind() == Kind::Sqlite {
+        assert_eq!(store.list_peers(other.id).await, Ok(Vec::new()), "whoever starts is alone");
+        return;
+    }
+    let peers = store.list_peers(peer.id).await.expect("the store answers");
+    let seen = peers.iter().find(|peer| peer.id == lost.id).expect("it is on record").clone();
+    assert_eq!(store.renew_node(lost.id, at(30)).await, Ok(true));
+    assert_eq!(store.end_lost_node(&seen, &heir(&peer, 40)).await, Ok(None), "it moved");
+    let seen = Peer { renewed_at: at(30), ..seen };
+    assert_eq!(store.end_lost_node(&seen, &heir(&peer, 50)).await, Ok(Some(1)));
+    assert_eq!(store.end_lost_node(&seen, &heir(&other, 50)).await, Ok(None), "once is enough");
+    assert_eq!(store.renew_node(lost.id, at(51)).await, Ok(false));
+    let rows = history(&store, uid(1)).await;
+    assert_eq!(rows[0].disconnect_reason.as_deref(), Some("server_lost"));
+    assert_eq!((rows[0].disconnected_at, rows[0].disconnected_by), (Some(at(10)), Some(at(50))));
+    let agent = row(&store, uid(1)).await;
+    assert_eq!((agent.status, agent.offline_at), (Status::Online, Some(at(50).after(RETURN_TIME))));
+    assert_eq!(history(&store, uid(2)).await[0].disconnected_at, None, "polls belong to nobody");
+    let late = write_one(&store, Write::CreateConnection(lost.arrival(uid(3), at(52)))).await;
+    assert!(matches!(late, Err(StoreError::Unavailable(_))), "who was ended opens nothing: {late:?}");
+    let again = Peer { id: peer.id, renewed_at: at(20), ..seen };
+    assert_eq!(store.end_lost_node(&again, &heir(&lost, 60)).await, Ok(None), "nor does it end anybody");
+}
+
+/// What an ended node left open after all is ended; the rows of living nodes are on record as theirs.
+pub(super) async fn strays_of_ended_nodes_are_ended(database: &Database) {
+    let (store, raw) = (database.open().await, database.raw().await);
+    let gone = Node::start(&store, "a", at(0)).await;
+    let stray = gone.open(uid(1), at(10)).await;
+    let node = Node::start(&store, "b", at(20)).await;
+    let own = node.open(uid(2), at(21)).await;
+    let held = store.list_held_connections(node.id).await.expect("the store answers");
+    assert_eq!(held, [Held { id: own.connection_id, agent: uid(2), last_seen_at: at(21) }]);
+    raw.execute("UPDATE nodes SET ended_at = renewed_at WHERE name = 'a'").await;
+    let ended = u64::from(database.kind() == Kind::Postgres);
+    assert_eq!(
+        store.end_strays(&heir(&node, 30)).await,
+        Ok(ended),
+        "SQLite ended it at the start of the other"
+    );
+    assert_eq!(store.end_strays(&heir(&node, 31)).await, Ok(0));
+    let rows = history(&store, uid(1)).await;
+    assert_eq!(
+        (rows[0].id, rows[0].disconnect_reason.as_deref()),
+        (stray.connection_id, Some("server_lost"))
+    );
+    assert_eq!(history(&store, uid(2)).await[0].disconnected_at, None);
 }
 
 /// Agents that fled from a dying node were not superseded by themselves: once its loss is known, that is the reason.
@@ -163,17 +227,18 @@ pub(super) async fn a_node_that_was_replaced_cannot_renew(store: Arc<dyn Store>)
     assert_eq!(store.renew_node(node.id, at(11)).await, Ok(true));
 }
 
-/// A node knows whether another one is not marked as ended.
+/// A node knows whether another one lives: it is not marked as ended, and renewed within its lease.
 pub(super) async fn living_peers_are_seen(database: &Database) {
     let store = database.open().await;
     let first = Node::start(&store, "a", at(0)).await;
-    assert_eq!(store.has_living_peer(first.id).await, Ok(false));
+    assert_eq!(store.has_living_peer(first.id, at(0)).await, Ok(false));
     let second = Node::start(&store, "b", at(1)).await;
-    assert_eq!(store.has_living_peer(first.id).await, Ok(true));
+    assert_eq!(store.has_living_peer(first.id, at(1)).await, Ok(true));
     let several = database.kind() == Kind::Postgres;
-    assert_eq!(store.has_living_peer(second.id).await, Ok(several));
+    assert_eq!(store.has_living_peer(second.id, at(1)).await, Ok(several));
+    assert_eq!(store.has_living_peer(second.id, at(300)).await, Ok(false), "its last renewal is old");
     store.end_node(first.id, at(2)).await.expect("the node ends");
-    assert_eq!(store.has_living_peer(second.id).await, Ok(false));
+    assert_eq!(store.has_living_peer(second.id, at(2)).await, Ok(false));
 }
 
 /// One process holds a name; when it is gone, the next one gets it.

@@ -82,6 +82,7 @@ impl Node {
             older: None,
             spare: Some(InstanceUid::generate()),
             first_poll: None,
+            excused_until: None,
         }
     }
 
