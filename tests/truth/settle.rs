@@ -3,6 +3,8 @@
 use std::collections::HashMap;
 
 use opamp_server::clock::{Moment, host_now};
+use opamp_server::close::{Cause, CloseReason};
+use uuid::Uuid;
 
 use crate::agent::generation;
 use crate::bounds::READ;
@@ -57,7 +59,7 @@ pub(crate) fn disagreements(books: &Books, records: &[Record], now: Moment) -> V
             Whereabouts::Away if !rows.is_empty() || connected => {
                 Some(format!("it is away, and a row is open: {rows:?}"))
             }
-            Whereabouts::Away if status != "offline" && row.is_some() => {
+            Whereabouts::Away if status != "offline" && own_end(books, id) => {
                 Some(format!("it left, and is {status}"))
             }
             Whereabouts::Away | Whereabouts::Between => None,
@@ -79,6 +81,14 @@ pub(crate) fn disagreements(books: &Books, records: &[Record], now: Moment) -> V
         found.extend(wrong.map(|wrong| (index, wrong)));
     }
     found
+}
+
+/// True where the agent's last row says that the agent ended it; after an end of the server's the verdict may be pending
+/// for longer than anybody waits here, because refused agents were told to come back in a minute.
+fn own_end(books: &Books, id: Uuid) -> bool {
+    let last = books.rows.iter().rev().find(|row| row.agent_id == id);
+    let reason = last.and_then(|row| CloseReason::from_label(row.disconnect_reason.as_deref()?));
+    reason.is_some_and(|reason| reason.cause() == Cause::Agent)
 }
 
 /// True where every agent is connected and everything that it is was answered.

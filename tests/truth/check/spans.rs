@@ -5,7 +5,7 @@ use std::time::Duration;
 use opamp_server::clock::Moment;
 
 use super::Case;
-use crate::bounds::{CLOCK, EARLIEST, READ, TIMEOUT};
+use crate::bounds::{CLOCK, EARLIEST, LAG, READ, TIMEOUT};
 use crate::record::{AgentRecord, End, Stay, Trouble, Way};
 
 /// A time between two moments.
@@ -45,10 +45,14 @@ pub(super) fn connected(stay: &Stay) -> Vec<Span> {
     let mut spans: Vec<Span> = Vec::new();
     let mut proven = false;
     for exchange in &stay.exchanges {
-        // A poller proves itself by its polls alone: far from each other, or with one between them that failed, they prove nothing.
+        // A poller proves itself by its polls alone: far from each other, slow, or with one between them
+        // that failed, they prove nothing.
         let near = |last: &Span| {
             let failed = stay.failed.iter().any(|failed| last.to <= *failed && *failed <= exchange.answered);
-            stay.way == Way::WebSocket || (!failed && exchange.sent.since(last.to) < EARLIEST)
+            stay.way == Way::WebSocket
+                || (!failed
+                    && exchange.answered.since(last.to) < EARLIEST
+                    && exchange.answered.since(exchange.sent) < LAG)
         };
         match spans.last_mut() {
             Some(last) if proven && !exchange.asked && near(last) => last.to = exchange.answered,

@@ -83,7 +83,8 @@ fn in_vain(case: &Case<'_>, stay: &Stay, ended: Option<Moment>, at: Moment) -> O
     if time + CLOCK < RETURN_TIME {
         return Some(format!("only {time:?} after it could return, without having left"));
     }
-    let refused = case.agent.refusals.iter().find(|refused| {
+    // One node does not know whom another refused.
+    let refused = case.agent.refusals.iter().filter(|_| case.evidence.kind.nodes() == 1).find(|refused| {
         stay.way == Way::Http && **refused <= at && at.since(**refused) + CLOCK < RETURN_TIME
     });
     refused.map(|refused| format!("although its poll was refused at {refused}, which is a sign of life"))
