@@ -46,6 +46,7 @@ pub(crate) fn disagreements(books: &Books, records: &[Record], now: Moment) -> V
     for row in books.rows.iter().filter(|row| row.disconnected_at.is_none()) {
         open.entry(row.agent_id).or_default().push(row);
     }
+    let refused = records.iter().any(|record| !record.lock().refusals.is_empty());
     let mut found = Vec::new();
     for (index, record) in records.iter().enumerate() {
         let agent = record.lock();
@@ -59,7 +60,7 @@ pub(crate) fn disagreements(books: &Books, records: &[Record], now: Moment) -> V
             Whereabouts::Away if !rows.is_empty() || connected => {
                 Some(format!("it is away, and a row is open: {rows:?}"))
             }
-            Whereabouts::Away if status != "offline" && own_end(books, id) => {
+            Whereabouts::Away if status != "offline" && own_end(books, id, refused) => {
                 Some(format!("it left, and is {status}"))
             }
             Whereabouts::Away | Whereabouts::Between => None,
@@ -84,11 +85,14 @@ pub(crate) fn disagreements(books: &Books, records: &[Record], now: Moment) -> V
 }
 
 /// True where the agent's last row says that the agent ended it; after an end of the server's the verdict may be pending
-/// for longer than anybody waits here, because refused agents were told to come back in a minute.
-fn own_end(books: &Books, id: Uuid) -> bool {
+/// for longer than anybody waits here, because refused agents were told to come back in a minute. While they are on
+/// their way, an end without a Close frame counts as the server's too.
+fn own_end(books: &Books, id: Uuid, refused: bool) -> bool {
     let last = books.rows.iter().rev().find(|row| row.agent_id == id);
     let reason = last.and_then(|row| CloseReason::from_label(row.disconnect_reason.as_deref()?));
-    reason.is_some_and(|reason| reason.cause() == Cause::Agent)
+    reason.is_some_and(|reason| {
+        reason.cause() == Cause::Agent && !(refused && reason == CloseReason::ConnectionLost)
+    })
 }
 
 /// True where every agent is connected and everything that it is was answered.

@@ -27,14 +27,18 @@ fn wrongly(case: &Case<'_>, change: &Change) -> Option<String> {
     if case.stay_of(change.connection_id).is_some_and(|stay| wrongly_after(case, stay, at).is_none()) {
         return None;
     }
-    // Whoever returned a moment ago was judged by what came before.
-    let mut before = stays.iter().rev().skip_while(|stay| stay.hello.before(CLOCK) > at);
-    let Some(last) = before.next() else { return Some(format!("{what} before it ever came")) };
-    let wrong = wrongly_after(case, last, at)?;
-    let earlier = before.next().filter(|_| last.hello.after(CLOCK) > at);
-    if earlier.is_some_and(|earlier| wrongly_after(case, earlier, at).is_none()) {
-        return None;
+    // Whoever tries to return, or did a moment ago, was judged by what came before: the last stay that was answered by then.
+    let is_known =
+        |stay: &Stay| stay.exchanges.first().is_some_and(|exchange| exchange.answered.after(CLOCK) <= at);
+    let mut wrong = None;
+    for stay in stays.iter().rev().skip_while(|stay| stay.hello.before(CLOCK) > at) {
+        let wrongly = wrongly_after(case, stay, at)?;
+        wrong = wrong.or(Some(wrongly));
+        if is_known(stay) {
+            break;
+        }
     }
+    let wrong = wrong.unwrap_or_else(|| "before it ever came".to_owned());
     Some(format!("{what} {wrong}"))
 }
 
