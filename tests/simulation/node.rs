@@ -173,7 +173,6 @@ impl Process {
             store: Arc::clone(&services.store),
             history: services.history.clone(),
             sight: Arc::clone(&services.sight),
-            node_id: self.node_id,
             outage: Arc::clone(&services.outage),
             check_interval: config.heartbeat.check_interval,
         };
