@@ -422,7 +422,9 @@ impl World {
         // From now on nothing is lost, so that nobody has a reason to ask.
         self.truth.say(format_args!("every node is stopped and started"));
         for place in 0..self.places() {
-            self.stop(place, Duration::from_secs(3)).await;
+            if !self.places[place].busy.swap(true, Ordering::Relaxed) {
+                self.stop(place, Duration::from_secs(3)).await;
+            }
         }
         sleep(expected.heartbeat.timeout * 4 + expected.heartbeat.check_interval + Duration::from_mins(4))
             .await;
