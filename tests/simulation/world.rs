@@ -252,6 +252,7 @@ impl World {
                 .truth
                 .say(format_args!("node-{}.{} learns that it was ended", process.place, process.number));
             world.excuse_all("a node was taken for lost");
+            process.abandon_all();
             world.stop(process.place, Duration::from_secs(1)).await;
         }));
     }

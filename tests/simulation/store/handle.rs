@@ -162,7 +162,7 @@ impl ConnectionStore for Handle {
         let (batch, single) = (batch.to_vec(), self.database.single);
         let lost = || StoreError::Unavailable("another node took this one for lost".to_owned());
         let written = self.call(transacts("write", batch.len() as u64), move |records| {
-            (single || records.may_open(&batch)).then(|| records.write(&batch))
+            (single || records.may_write(&batch)).then(|| records.write(&batch))
         });
         written.await?.ok_or_else(lost)
     }
