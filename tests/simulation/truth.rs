@@ -77,8 +77,8 @@ pub(crate) struct Own {
     pub(crate) answered: Marks,
     /// When that was.
     pub(crate) acknowledged: Option<Moment>,
-    /// When its last poll was read.
-    pub(crate) polled: Option<Moment>,
+    /// When its last poll was read, and by which process.
+    pub(crate) polled: Option<(Moment, Uuid)>,
     /// When reports arrived with which it left.
     pub(crate) farewells: Vec<Moment>,
     /// Something happened after which a server may ask for full state.
