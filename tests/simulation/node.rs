@@ -257,6 +257,17 @@ impl Process {
         self.store.release();
     }
 
+    /// Another node has ended all connections of this one: what is still here is closed, and writes nothing more.
+    pub(crate) fn abandon_all(&self) {
+        self.services.closing.store(true, Ordering::Relaxed);
+        let mut connections = self.services.hub.connections();
+        connections.sort_by_key(|connection| connection.id);
+        for connection in connections {
+            connection.abandon(CloseReason::ServerLost);
+            self.services.hub.leave(&connection);
+        }
+    }
+
     /// Stops in an orderly way, as the server does; answers how many connections are not on record.
     pub(crate) async fn stop(self: &Arc<Self>) -> usize {
         let deadline = Instant::now() + self.drain + GRACE / 2;
