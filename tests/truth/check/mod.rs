@@ -37,8 +37,9 @@ pub(crate) struct Case<'a> {
 /// A rule: its name, by which it can be left out, and what it looks at.
 type Rule = (&'static str, fn(&Case<'_>) -> Vec<String>);
 
-const RULES: [Rule; 8] = [
+const RULES: [Rule; 9] = [
     ("shape", rows::shape),
+    ("record", rows::record),
     ("covered", rows::covered),
     ("away", rows::away),
     ("accused", status::accused),
