@@ -15,11 +15,15 @@ use crate::clock::Tick;
 use crate::close::CloseReason;
 use crate::history::{History, Noticed, OpenConnection};
 use crate::metrics::Metrics;
+use crate::peers::Peers;
 use crate::sight::Sight;
 use crate::store::Transport;
 
 /// How many new connections may wait for the monitor to take them in.
 const INTAKE: usize = 1_024;
+
+/// A write that waits for longer than this waits for a peer that does not read.
+const STUCK: Duration = Duration::from_millis(500);
 
 /// How long a verdict waits that must not fall now.
 const UNSURE: Duration = Duration::from_millis(200);
@@ -45,6 +49,7 @@ pub type OnVerdict = Box<dyn Fn(&Arc<OpenConnection>) + Send + Sync>;
 pub struct HeartbeatMonitor {
     history: History,
     sight: Arc<Sight>,
+    peers: Arc<Peers>,
     metrics: Arc<Metrics>,
     /// Added to a poller's deadline, so that another node's sighting is in the store by then.
     poll_grace: Duration,
@@ -70,6 +75,7 @@ impl HeartbeatMonitor {
     pub fn new(
         history: History,
         sight: Arc<Sight>,
+        peers: Arc<Peers>,
         metrics: Arc<Metrics>,
         poll_grace: Duration,
         on_verdict: OnVerdict,
@@ -77,7 +83,16 @@ impl HeartbeatMonitor {
         let (sender, intake) = mpsc::channel(INTAKE);
         (
             Watch { intake: sender },
-            Self { history, sight, metrics, poll_grace, on_verdict, intake, deadlines: DelayQueue::new() },
+            Self {
+                history,
+                sight,
+                peers,
+                metrics,
+                poll_grace,
+                on_verdict,
+                intake,
+                deadlines: DelayQueue::new(),
+            },
         )
     }
 
@@ -102,7 +117,14 @@ impl HeartbeatMonitor {
         let deadline = deadline.after(self.sight.blindness_since(seen));
         match connection.transport {
             Transport::Websocket => deadline.max(watched.not_before),
-            Transport::Http => deadline.max(watched.not_before).after(self.poll_grace),
+            // Who polled a node that was lost has the time to find another one.
+            Transport::Http => {
+                let found = self
+                    .peers
+                    .lost_at()
+                    .map_or(deadline, |lost| lost.after(self.history.expected().return_time()));
+                deadline.max(found).max(watched.not_before).after(self.poll_grace)
+            }
         }
     }
 
@@ -122,12 +144,16 @@ impl HeartbeatMonitor {
             self.arm(watched);
             return;
         }
-        if !self.sight.can_judge(now) || watched.connection.link.attentive_since().is_none() {
+        let polls = watched.connection.transport == Transport::Http;
+        if !self.sight.can_judge(now)
+            || watched.connection.link.attentive_since().is_none()
+            || polls && self.peers.is_unsure()
+        {
             self.deadlines.insert(watched, UNSURE);
             return;
         }
         let connection = &watched.connection;
-        let reason = if connection.link.is_writing() {
+        let reason = if connection.link.writing_for(now) >= STUCK {
             CloseReason::SlowReader
         } else {
             CloseReason::HeartbeatTimeout

@@ -7,7 +7,6 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_util::StreamExt;
@@ -21,6 +20,7 @@ use crate::close::CloseReason;
 use crate::history::History;
 use crate::metrics::Metrics;
 use crate::outage::Outage;
+use crate::peers::Peers;
 use crate::store::{Heir, Peer, Store, StoreError};
 
 /// Holds the lease of one node, and watches those of the others.
@@ -39,8 +39,8 @@ pub struct Lease {
     pub name: String,
     /// For how long a renewal holds; it is renewed three times as often.
     pub length: Duration,
-    /// Whether others live.
-    pub peers: Arc<AtomicBool>,
+    /// What is seen of the others.
+    pub peers: Arc<Peers>,
     /// Cancelled when this node was marked as ended.
     pub ended: CancellationToken,
 }
@@ -92,8 +92,14 @@ impl Lease {
             tracing::warn!(name = self.name, "another opamp-server has taken the name of this node");
         }
         let peers = self.store.list_peers(self.node_id).await?;
-        self.peers.store(!peers.is_empty(), Ordering::Relaxed);
-        Ok(Some(watching.renewed(self.history.clock().tick(), peers)))
+        let now = self.history.clock().tick();
+        let (some, known) = (!peers.is_empty(), watching.peers.len());
+        let lost = watching.renewed(now, peers);
+        self.peers.note(some, watching.is_unsure(now));
+        if watching.peers.len() < known {
+            self.peers.note_loss(now);
+        }
+        Ok(Some(lost))
     }
 
     /// Ends a lost node and what it left open.
@@ -141,6 +147,11 @@ impl Watching {
     fn failed(&mut self) {
         self.renewed = None;
         self.peers.clear();
+    }
+
+    /// True where one of the others did not renew when it should have.
+    fn is_unsure(&self, now: Tick) -> bool {
+        self.peers.values().any(|(_, since)| now.since(*since) >= self.length * 2 / 3)
     }
 
     /// This node renewed at `now` and then saw `peers`; answers which of them are lost.

@@ -39,7 +39,7 @@
 //! - [`sight`] knows when the server itself was blind; nobody is accused for such a time.
 //! - [`store`] decides races: every write carries its connection's id, the fence, and changes nothing
 //!   once a newer connection took over.
-//! - [`lease`] holds this node's lease and alone says that another node is lost.
+//! - [`lease`] holds this node's lease and alone says that another node is lost; [`peers`] is what it saw of them.
 //! - [`sweep`] carries out what time alone changes: return times that have passed, stale agents.
 //!   [`retention`] alone forgets.
 //! - [`close`] is the closed list of ends, with whose end it is; the status of an agent follows.
@@ -47,7 +47,7 @@
 //! ## Who may know whom
 //!
 //! From the bottom: `proto`, `clock`, `close`, `config`, `site`, `burden` know nothing of ours; `agent` and `wire`
-//! know those; then `store`, `metrics`, `outage`, `sight`, `pulse`, `history`, `heartbeat`, `sweep`, `lease` and
+//! know those; then `store`, `metrics`, `outage`, `peers`, `sight`, `pulse`, `history`, `heartbeat`, `sweep`, `lease` and
 //! `retention`, `session`, `safety`, `orders`, `transport` and `api` beside it, `server`, and `healthcheck` apart.
 //! SQL is spoken in `store` only, axum in `api` and `server` only, hyper in `transport` and, as a
 //! client, in `healthcheck` only. A test reads the sources and holds them to it.
@@ -70,6 +70,7 @@ pub mod lease;
 pub mod metrics;
 pub mod orders;
 pub mod outage;
+pub mod peers;
 pub mod proto;
 pub mod pulse;
 pub mod retention;

@@ -57,7 +57,8 @@ const BUSY: u64 = u64::MAX;
 pub struct Link {
     last_byte: AtomicU64,
     agents: AtomicU32,
-    writing: AtomicBool,
+    /// When the write began that is under way; 0 = none is.
+    writing_since: AtomicU64,
     receiving: AtomicBool,
     dismissed: AtomicBool,
     /// Since when the link is read: [`BUSY`] while a message is being taken in.
@@ -114,15 +115,21 @@ impl Link {
         self.agents.load(Ordering::Relaxed) > 1
     }
 
-    /// Notes whether a write waits for the peer to read.
-    pub fn set_writing(&self, writing: bool) {
-        self.writing.store(writing, Ordering::Relaxed);
+    /// Notes that a write began at `now`, and waits for the peer to read.
+    pub fn write_from(&self, now: Tick) {
+        self.writing_since.store(now.as_micros(), Ordering::Relaxed);
     }
 
-    /// True while a write waits for the peer to read.
+    /// Notes that nothing is being written.
+    pub fn written(&self) {
+        self.writing_since.store(0, Ordering::Relaxed);
+    }
+
+    /// For how long a write has been waiting for the peer to read.
     #[must_use]
-    pub fn is_writing(&self) -> bool {
-        self.writing.load(Ordering::Relaxed)
+    pub fn writing_for(&self, now: Tick) -> Duration {
+        let since = self.writing_since.load(Ordering::Relaxed);
+        if since == 0 { Duration::ZERO } else { now.since(Tick::from_micros(since)) }
     }
 
     /// Notes whether a message has begun to come and is not whole.
@@ -299,6 +306,11 @@ impl Pulse {
     /// Notes that a change could not be stored: what is stored stands.
     pub fn unsettled(&self) {
         self.with(|beat| beat.unsaved = false);
+    }
+
+    /// Notes a poll that was refused: its agent lives.
+    pub fn refused(&self, tick: Tick) {
+        self.with(|beat| beat.last_report = beat.last_report.max(tick));
     }
 
     /// Notes that a change was answered which is kept until the store is back.

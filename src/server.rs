@@ -27,6 +27,7 @@ use crate::lease::Lease;
 use crate::metrics::Metrics;
 use crate::orders::Orders;
 use crate::outage::Outage;
+use crate::peers::Peers;
 use crate::pulse::Expectations;
 use crate::retention::Retention;
 use crate::safety::{self, Safety};
@@ -221,13 +222,25 @@ impl Server {
     pub async fn run(mut self, stop: impl Future<Output = ()> + Send) -> Result<(), ServerError> {
         let failed = tokio::select! {
             () = stop => None,
-            () = self.ended.cancelled() => Some(ServerError::Ended),
+            () = self.ended.cancelled() => {
+                self.abandon_all();
+                Some(ServerError::Ended)
+            }
             owner = self.owners.join_next() => Some(ServerError::Owner(owner_name(owner))),
         };
         let stopped = self.stop().await;
         match failed {
             Some(error) => Err(error),
             None => stopped,
+        }
+    }
+
+    /// Another node has ended all connections of this one: what is still here is closed, and writes nothing more.
+    fn abandon_all(&self) {
+        self.services.closing.store(true, Ordering::Relaxed);
+        for connection in self.services.hub.connections() {
+            connection.abandon(CloseReason::ServerLost);
+            self.services.hub.leave(&connection);
         }
     }
 
@@ -372,15 +385,16 @@ pub async fn assemble(
     );
     let hub = Arc::new(Hub::new(Arc::clone(&metrics)));
     let leaving = Arc::clone(&hub);
+    let peers = Arc::new(Peers::default());
     let (watch, monitor) = HeartbeatMonitor::new(
         history.clone(),
         Arc::clone(&sight),
+        Arc::clone(&peers),
         Arc::clone(&metrics),
         config.store.flush_interval,
         Box::new(move |connection| leaving.leave(connection)),
     );
-    let (peers, questions) = (Arc::default(), Rate::new(QUESTIONS_PER_SECOND));
-    let closing = AtomicBool::new(false);
+    let (questions, closing) = (Rate::new(QUESTIONS_PER_SECOND), AtomicBool::new(false));
     let services =
         Services { store, history, hub, watch, clock, metrics, outage, sight, peers, questions, closing };
     Ok((Arc::new(services), writer, monitor))
@@ -399,7 +413,6 @@ fn own_timers(
         store: Arc::clone(&services.store),
         history: services.history.clone(),
         sight: Arc::clone(&services.sight),
-        node_id,
         outage: Arc::clone(&services.outage),
         check_interval: config.heartbeat.check_interval,
     };

@@ -25,6 +25,7 @@ use crate::heartbeat::Watch;
 use crate::history::{EndTicket, History, Noticed, OpenConnection, Opening, Opens, Saved};
 use crate::metrics::{DecodeFailure, Metrics, OfferKind, Refused};
 use crate::outage::Outage;
+use crate::peers::Peers;
 use crate::proto::{AgentCapabilities, AgentToServer, ServerToAgent};
 use crate::pulse::{Link, Pulse};
 use crate::sight::Sight;
@@ -55,8 +56,8 @@ pub struct Services {
     pub outage: Arc<Outage>,
     /// Whether the server itself was blind.
     pub sight: Arc<Sight>,
-    /// True while other nodes live, where polls may land.
-    pub peers: Arc<AtomicBool>,
+    /// The other nodes, on which polls may land.
+    pub peers: Arc<Peers>,
     /// Whose turn it is to be asked for full state.
     pub questions: Rate,
     /// True once the server stops: no session opens any more.
@@ -188,20 +189,20 @@ impl Session {
     }
 
     /// Makes sure that a poller which may have been at another node since its last poll here still has its row.
-    async fn make_sure(&self, heard: Tick) {
+    async fn make_sure(&self, heard: Tick) -> Result<(), Refusal> {
         let services = &self.services;
         if self.connection.transport != Transport::Http
-            || !services.peers.load(Ordering::Relaxed)
+            || !services.peers.are_there()
             || !self.connection.pulse.missed_polls(heard)
         {
-            return;
+            return Ok(());
         }
-        // A store that is away is asked nothing: who is connected is answered.
-        if let Ok(open) = services.store.get_active_connection(self.connection.agent).await
-            && open.is_none_or(|row| row.id != self.connection.id)
-        {
+        let open = services.store.get_active_connection(self.connection.agent).await;
+        let open = open.map_err(|error| refusal(services, &error))?;
+        if open.is_none_or(|row| row.id != self.connection.id) {
             self.connection.abandon(CloseReason::Superseded);
         }
+        Ok(())
     }
 
     /// The open connection.
@@ -405,11 +406,13 @@ pub async fn exchange(
     inbound: &mut Inbound,
 ) -> Exchange {
     let heard = origin.link.last_byte();
-    if let Some(session) = slot {
-        session.make_sure(heard).await;
-    }
+    let sure = match slot {
+        Some(session) => session.make_sure(heard).await,
+        None => Ok(()),
+    };
     slot.take_if(|session| session.connection.ended().is_some_and(|reason| may_return(origin, reason)));
     let result = match slot {
+        _ if sure.is_err() => sure.map(|()| Taken::Answered(Answer::default())),
         Some(session) if session.connection.ended().is_some() => Err(unavailable()),
         None if services.closing.load(Ordering::Relaxed) => Err(unavailable()),
         Some(session) => session.on_report(inbound, heard).await,

@@ -122,12 +122,12 @@ pub(super) struct Metered {
 /// A socket that pays for what it receives.
 pub(super) trait Bearer {
     /// The share of the large message that became whole last: now its reader's.
-    fn take_share(&mut self) -> Option<Share>;
+    fn take_share(&mut self) -> Option<Box<Share>>;
 }
 
 impl Bearer for Metered {
-    fn take_share(&mut self) -> Option<Share> {
-        self.whole.take().map(|share| *share)
+    fn take_share(&mut self) -> Option<Box<Share>> {
+        self.whole.take()
     }
 }
 

@@ -22,7 +22,6 @@ use crate::agent::offer::Refusal;
 use crate::agent::{InstanceUid, Sender};
 use crate::burden::Share;
 use crate::clock::Tick;
-use crate::history::OpenConnection;
 use crate::metrics::{DecodeFailure, Refused};
 use crate::pulse::Link;
 use crate::session::{Exchange, Exchanged, Inbound, Origin, Services, exchange, introduce, reject, sender};
@@ -149,8 +148,16 @@ async fn seated(
 ) -> Exchange {
     let seat = services.hub.seat(agent);
     let mut session = seat.lock().await;
-    let _attending = services.hub.get(agent).map(|connection| Attending::to_poll(services, connection));
+    let known = services.hub.get(agent).map(|connection| Arc::clone(&connection.link));
+    let _to_the_known = known.map(|link| Attending::to(services, link));
+    let _to_a_new = Attending::to(services, Arc::clone(&origin.link));
     let exchange = exchange(services, &mut session, origin, agent, inbound).await;
+    if let Exchange::Done(exchanged) = &exchange
+        && exchanged.refusal.is_some()
+        && let Some(connection) = services.hub.get(agent)
+    {
+        connection.pulse.refused(origin.link.last_byte());
+    }
     if session.is_some() {
         services.hub.keep_seat(agent, &seat);
     } else {
@@ -160,22 +167,22 @@ async fn seated(
 }
 
 /// A poll that the server works on: meanwhile nobody can say that its agent is silent.
-struct Attending {
-    services: Arc<Services>,
-    connection: Arc<OpenConnection>,
+struct Attending<'a> {
+    services: &'a Services,
+    link: Arc<Link>,
     began: Tick,
 }
 
-impl Attending {
-    fn to_poll(services: &Arc<Services>, connection: Arc<OpenConnection>) -> Self {
-        connection.link.turn_away();
-        Self { services: Arc::clone(services), connection, began: services.clock.tick() }
+impl<'a> Attending<'a> {
+    fn to(services: &'a Services, link: Arc<Link>) -> Self {
+        link.turn_away();
+        Self { services, link, began: services.clock.tick() }
     }
 }
 
-impl Drop for Attending {
+impl Drop for Attending<'_> {
     fn drop(&mut self) {
-        self.connection.link.attend(self.began, self.services.clock.tick());
+        self.link.attend(self.began, self.services.clock.tick());
     }
 }
 

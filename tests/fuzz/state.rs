@@ -92,6 +92,8 @@ struct Seen {
     number: Option<u64>,
     /// The model: every part heard so far.
     heard: PartSet,
+    /// The model: every part heard since the last gap.
+    fresh: PartSet,
     /// The model: true where the last report was lost although it had told of a gap.
     lost: bool,
 }
@@ -120,6 +122,7 @@ fn check(input: &[u8], happened: &mut Happened) -> Result<(), String> {
             missing: false,
             number: None,
             heard: PartSet::EMPTY,
+            fresh: PartSet::EMPTY,
             lost: false,
         });
         match fate {
@@ -208,7 +211,7 @@ impl Seen {
         self.state = AgentState::restore(&self.stored);
         self.number = self.stored.sequence_num;
         self.missing = self.number.is_none();
-        self.heard = self.stored.parts;
+        (self.heard, self.fresh) = (self.stored.parts, PartSet::EMPTY);
         self.lost = false;
     }
 
@@ -281,13 +284,14 @@ impl Seen {
         if matches!(change.kind, Kind::Continued | Kind::Gap) {
             let carried = present(report);
             self.heard = self.heard.union(carried);
-            let needed = self.heard.with(Part::Description);
+            self.fresh = if change.kind == Kind::Gap { carried } else { self.fresh.union(carried) };
+            let needed = self.heard.union(promised(next.capabilities()));
             self.missing = if change.kind == Kind::Gap {
                 true
             } else if before.is_none() {
                 !carried.covers(promised(next.capabilities()))
             } else {
-                self.missing && !carried.covers(needed)
+                self.missing && !self.fresh.covers(needed)
             };
             self.number = Some(report.sequence_num);
             self.lost = false;

@@ -12,7 +12,7 @@ const ORDER: [&[&str]; 14] = [
     &["agent", "wire"],
     &["store"],
     &["metrics"],
-    &["outage"],
+    &["outage", "peers"],
     &["sight"],
     &["pulse"],
     &["history"],

@@ -145,8 +145,10 @@ pub struct KnownAgent {
 pub struct AgentState {
     /// Number of the last report, the base of the next one.
     number: Option<u64>,
-    /// True from a gap until a report covers everything known and the description.
+    /// True from a gap until everything known and everything promised has come anew, the description among it.
     stale: bool,
+    /// The parts that came since the last gap, the report that showed it included: they are as the agent has them.
+    fresh: PartSet,
     /// True where the agent was heard before, so that a first number continues nothing.
     known_agent: bool,
     /// True from the loss of a report that did not continue until the next one, which does not either.
@@ -224,6 +226,7 @@ impl AgentState {
         Self {
             number: agent.sequence_num,
             stale: agent.known && agent.sequence_num.is_none(),
+            fresh: PartSet::EMPTY,
             known_agent: agent.known,
             broken: false,
             asked: false,
@@ -311,16 +314,16 @@ impl AgentState {
             }
         }
         let present = next.replace_parts(report, &mut change);
+        let promised = PartSet::of(Part::ALL.into_iter().filter(|part| part.is_promised(next.capabilities)));
+        next.fresh = if gap { present } else { self.fresh.union(present) };
         if gap {
             change.kind = Kind::Gap;
             change.ask_full_state = true;
             next.stale = true;
         } else if self.number.is_none() {
-            let promised =
-                PartSet::of(Part::ALL.into_iter().filter(|part| part.is_promised(next.capabilities)));
             change.ask_full_state = !self.asked && !present.covers(promised);
             next.stale = !present.covers(promised);
-        } else if self.stale && present.covers(self.known.with(Part::Description)) {
+        } else if self.stale && next.fresh.covers(self.known.union(promised)) {
             next.stale = false;
         }
         next.asked |= change.ask_full_state;

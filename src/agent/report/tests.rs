@@ -103,6 +103,20 @@ fn r_004_an_unknown_agent_without_a_promised_part_is_asked_once() {
 }
 
 #[test]
+fn r_004_what_was_never_heard_is_waited_for_and_may_come_in_several_reports() {
+    let mut state = new_agent();
+    absorb(&mut state, &report(5));
+    let mut described = report(6);
+    put(&mut described, Part::Description, 1);
+    absorb(&mut state, &described);
+    assert_eq!(state.stored_number(), None, "its other parts were lost before anybody knew of it");
+    let mut rest = full(7, [1; 5]);
+    rest.agent_description = None;
+    absorb(&mut state, &rest);
+    assert_eq!(state.stored_number(), Some(7));
+}
+
+#[test]
 fn s_044_a_gap_is_asked_about_once_and_r_003_its_number_is_the_new_base() {
     let mut state = new_agent();
     absorb(&mut state, &full(1, [1; 5]));

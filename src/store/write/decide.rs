@@ -136,6 +136,14 @@ impl RowEnd {
     }
 }
 
+/// When a connection was last known to be there. Another node may have heard a poller later than who ends it.
+pub(super) fn last_proof(end: &ConnectionEnd, row: &OpenRow, agent: &LockedAgent) -> Moment {
+    match (end.disconnected_by, agent.last_seen_at) {
+        (Some(by), Some(seen)) if row.transport == Transport::Http => end.disconnected_at.max(seen.min(by)),
+        _ => end.disconnected_at,
+    }
+}
+
 /// What a newcomer does to the open row it finds; `None` where it goes on with it.
 fn displacement(
     row: &OpenRow,

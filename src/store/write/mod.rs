@@ -26,7 +26,7 @@ use crate::agent::report::KnownAgent;
 use crate::agent::{Capabilities, InstanceUid};
 use crate::clock::Moment;
 use crate::close::CloseReason;
-use decide::{Arrival, Effects, Newcomer, RowEnd, end_of_stay, welcome};
+use decide::{Arrival, Effects, Newcomer, RowEnd, end_of_stay, last_proof, welcome};
 pub(super) use decide::{LockedAgent, OpenRow};
 
 /// One write of a batch. Stages run in this order: updates, ends, openings.
@@ -272,14 +272,19 @@ where
     for<'q> Json<&'q Value>: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    /// Makes sure that the node which opens connections is not marked as ended, nor will be before the commit.
+    /// Makes sure that the node which ends or opens connections is not marked as ended, nor will be before the commit.
     ///
     /// Nodes are locked ahead of agents, by whoever ends one as well.
-    async fn hold_node(tx: &mut Transaction<'_, D>, news: &[&NewConnection]) -> Result<(), StoreError> {
-        let Some(new) = news.first().filter(|_| !D::SINGLE_NODE) else { return Ok(()) };
+    async fn hold_node(
+        tx: &mut Transaction<'_, D>,
+        ends: &[&ConnectionEnd],
+        news: &[&NewConnection],
+    ) -> Result<(), StoreError> {
+        let node = news.first().map(|new| new.node_id).or(ends.first().map(|end| end.node_id));
+        let Some(node) = node.filter(|_| !D::SINGLE_NODE) else { return Ok(()) };
         let living: Option<(Uuid,)> =
             sqlx::query_as("SELECT id FROM nodes WHERE id = $1 AND ended_at IS NULL FOR SHARE")
-                .bind(new.node_id)
+                .bind(node)
                 .fetch_optional(&mut **tx)
                 .await
                 .map_err(failure::<D>)?;
@@ -299,7 +304,7 @@ where
             }
         }
         let mut tx = self.begin().await?;
-        Self::hold_node(&mut tx, &news).await?;
+        Self::hold_node(&mut tx, &ends, &news).await?;
         Self::insert_agents(&mut tx, &news).await?;
         let ids: Vec<InstanceUid> = writes.iter().map(Write::agent).collect();
         Self::lock_agents(&mut tx, &ids).await?;
@@ -445,7 +450,7 @@ where
             if seen_since {
                 continue;
             }
-            let decided = RowEnd::new(row, end.reason, end.disconnected_at, end.disconnected_by);
+            let decided = RowEnd::new(row, end.reason, last_proof(end, row, agent), end.disconnected_by);
             effects.rows.push(decided.row(row.id));
             let status = end_of_stay(end, &decided, agent, &mut effects);
             ended.insert(row.id, Ended { duration_seconds: Some(decided.duration_seconds), status });

@@ -8,6 +8,7 @@ use std::net::SocketAddr;
 use std::panic::AssertUnwindSafe;
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use futures_util::{FutureExt, SinkExt, StreamExt};
@@ -221,7 +222,7 @@ where
     /// Sends a message; gives up when the monitor has ended everybody on the link.
     async fn send(&mut self, message: Message) -> Result<(), End> {
         let agents = &mut self.agents;
-        agents.origin.link.set_writing(true);
+        agents.origin.link.write_from(agents.services.clock.tick());
         let mut sending = self.socket.send(message);
         let result = loop {
             tokio::select! {
@@ -230,7 +231,7 @@ where
                 () = agents.origin.link.woken() => agents.look_around()?,
             }
         };
-        agents.origin.link.set_writing(false);
+        agents.origin.link.written();
         result
     }
 
@@ -281,11 +282,12 @@ impl Agents {
     /// Who only lost its row keeps its place and is asked to report, which opens a new one.
     fn look_around(&mut self) -> Result<(), End> {
         let (mut reason, mut adrift) = (None, false);
+        let closing = self.services.closing.load(Ordering::Relaxed);
         self.sessions.retain_mut(|(_, session)| {
             let connection = session.as_ref().map(Session::connection);
             let recorded = connection.filter(|connection| connection.is_recorded());
             let ended = recorded.and_then(|connection| connection.ended());
-            if ended == Some(CloseReason::ServerLost) {
+            if ended == Some(CloseReason::ServerLost) && !closing {
                 *session = None;
                 adrift = true;
                 return true;
@@ -389,7 +391,7 @@ impl Agents {
         &mut self,
         report: Option<Box<AgentToServer>>,
         body: Bytes,
-        share: Option<Share>,
+        share: Option<Box<Share>>,
     ) -> Result<Vec<u8>, End> {
         let link = Arc::clone(&self.origin.link);
         let turned_away = self.services.clock.tick();
@@ -415,15 +417,16 @@ impl Agents {
         &mut self,
         report: Option<Box<AgentToServer>>,
         body: Bytes,
-        share: Option<Share>,
+        share: Option<Box<Share>>,
     ) -> Result<Result<Inbound, Unfit>, End> {
         let (admission, link) = (Arc::clone(&self.admission), Arc::clone(&self.origin.link));
         let budget = admission.budget();
         let unfolding = async {
-            match report {
-                Some(report) => intake::weighed(*report, &body, budget).await,
-                None => intake::unfold(body, share.unwrap_or_else(|| budget.share()), budget).await,
+            if let Some(report) = report {
+                return intake::weighed(*report, &body, budget).await;
             }
+            let share = share.map_or_else(|| budget.share(), |share| *share);
+            intake::unfold(body, share, budget).await
         };
         let mut unfolding = pin!(unfolding);
         loop {

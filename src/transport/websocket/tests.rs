@@ -58,7 +58,7 @@ impl AsyncWrite for Faulty {
 }
 
 impl Bearer for Faulty {
-    fn take_share(&mut self) -> Option<Share> {
+    fn take_share(&mut self) -> Option<Box<Share>> {
         None
     }
 }
@@ -89,9 +89,11 @@ async fn services() -> Arc<Services> {
         node_id,
         expected,
     );
+    let peers = Arc::<crate::peers::Peers>::default();
     let (watch, monitor) = HeartbeatMonitor::new(
         history.clone(),
         Arc::clone(&sight),
+        Arc::clone(&peers),
         Arc::clone(&metrics),
         Duration::from_secs(1),
         Box::new(|_| {}),
@@ -100,8 +102,7 @@ async fn services() -> Arc<Services> {
     let owners = async move { tokio::join!(writer.run(stop.clone()), monitor.run(stop)) };
     drop(tokio_util::task::TaskTracker::new().spawn(owners));
     let hub = Arc::new(Hub::new(Arc::clone(&metrics)));
-    let (peers, questions) = (Arc::default(), Rate::new(QUESTIONS_PER_SECOND));
-    let closing = AtomicBool::new(false);
+    let (questions, closing) = (Rate::new(QUESTIONS_PER_SECOND), AtomicBool::new(false));
     Arc::new(Services {
         store,
         history,

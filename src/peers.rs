@@ -1,0 +1,49 @@
+//! What this node knows of the others at this moment, as its lease saw them.
+//!
+//! Polls may land on any node: whether somebody else heard a poller is known only while the others
+//! reach the store. It must not know leases or who ends whom.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+
+use crate::clock::Tick;
+
+/// The other nodes.
+#[derive(Debug, Default)]
+pub struct Peers {
+    some: AtomicBool,
+    unsure: AtomicBool,
+    /// When the last one went, in microseconds; 0 = none did.
+    lost_at: AtomicU64,
+}
+
+impl Peers {
+    /// Notes whether there are any, and whether one of them does not reach the store.
+    pub fn note(&self, some: bool, unsure: bool) {
+        self.some.store(some, Ordering::Relaxed);
+        self.unsure.store(unsure, Ordering::Relaxed);
+    }
+
+    /// Notes that one went, in whatever way.
+    pub fn note_loss(&self, now: Tick) {
+        self.lost_at.store(now.as_micros().max(1), Ordering::Relaxed);
+    }
+
+    /// True where there are others, on which polls may land.
+    #[must_use]
+    pub fn are_there(&self) -> bool {
+        self.some.load(Ordering::Relaxed)
+    }
+
+    /// True while one of them may hear polls and not tell the store.
+    #[must_use]
+    pub fn is_unsure(&self) -> bool {
+        self.unsure.load(Ordering::Relaxed)
+    }
+
+    /// When the last one went.
+    #[must_use]
+    pub fn lost_at(&self) -> Option<Tick> {
+        let lost = self.lost_at.load(Ordering::Relaxed);
+        (lost > 0).then(|| Tick::from_micros(lost))
+    }
+}
