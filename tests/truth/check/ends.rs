@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use opamp_server::close::{Cause, CloseReason};
 
-use super::{Case, rows};
+use super::{Case, longest_silence, rows};
 use crate::bounds::{CLOCK, LONG_PAUSE, READ, TIMEOUT};
 use crate::database::{Kind, Row};
 use crate::record::{End, Stay, Way};
@@ -105,6 +105,23 @@ pub(super) fn seen(case: &Case<'_>) -> Vec<String> {
             found.push(format!(
                 "row {}: the end by {end:?} at {ended} was seen, and the row says {at} to {:?}",
                 row.id, row.disconnected_by
+            ));
+        }
+    }
+    found
+}
+
+/// Without trouble it is unknown for no longer than an agent may be silent when its connection ended.
+pub(super) fn unknown(case: &Case<'_>) -> Vec<String> {
+    let mut found = Vec::new();
+    for row in &case.rows {
+        let (Some(at), Some(by)) = (row.disconnected_at, row.disconnected_by) else { continue };
+        let silence = if row.transport == "http" { longest_silence(case.agent) } else { TIMEOUT };
+        let time = by.since(at);
+        if time > silence + READ && !case.evidence.disturbed(None, at.before(TRACE), by.after(CLOCK)) {
+            found.push(format!(
+                "row {}: it is unknown for {time:?} when it ended, and nothing was wrong",
+                row.id
             ));
         }
     }

@@ -37,7 +37,7 @@ pub(crate) struct Case<'a> {
 /// A rule: its name, by which it can be left out, and what it looks at.
 type Rule = (&'static str, fn(&Case<'_>) -> Vec<String>);
 
-const RULES: [Rule; 9] = [
+const RULES: [Rule; 10] = [
     ("shape", rows::shape),
     ("record", rows::record),
     ("covered", rows::covered),
@@ -46,6 +46,7 @@ const RULES: [Rule; 9] = [
     ("log", status::log),
     ("reasons", ends::reasons),
     ("seen", ends::seen),
+    ("unknown", ends::unknown),
     ("asked", ends::asked),
 ];
 
@@ -115,3 +116,6 @@ impl Case<'_> {
         stays.find(|stay| stay.address == address && stay.hello <= row.connected_at.after(READ))
     }
 }
+
+#[cfg(test)]
+mod tests;
