@@ -73,12 +73,21 @@ pub(crate) struct AgentRow {
     pub(crate) disconnect_reason: Option<String>,
 }
 
+/// A server process on record.
+#[derive(Clone, Debug, FromRow)]
+pub(crate) struct NodeRow {
+    pub(crate) id: Uuid,
+    pub(crate) name: String,
+    pub(crate) ended_at: Option<Moment>,
+}
+
 /// Everything on record at one moment.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Books {
     pub(crate) rows: Vec<Row>,
     pub(crate) changes: Vec<Change>,
     pub(crate) agents: Vec<AgentRow>,
+    pub(crate) nodes: Vec<NodeRow>,
 }
 
 #[derive(Debug)]
@@ -144,6 +153,7 @@ impl Database {
         Ok(Books {
             rows: rows.await?,
             changes: changes.await?,
+            nodes: self.rows("SELECT id, name, ended_at FROM nodes").await?,
             agents: self.rows("SELECT id, status, connection_id, last_connected_at, last_disconnected_at, disconnect_reason FROM agents").await?,
         })
     }

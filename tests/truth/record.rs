@@ -43,6 +43,8 @@ pub(crate) enum End {
     Reset,
     /// The agent said nothing more and kept its socket, if it had one.
     Silence,
+    /// The agent forgot its socket, which stays open and silent, and comes back on another one.
+    Abandon,
     /// The server sent a Close frame.
     Told(u16, String),
     /// The link broke at the server's side.
@@ -58,7 +60,7 @@ impl End {
     pub(crate) fn is_own(&self) -> bool {
         match self {
             Self::Farewell | Self::Close | Self::Finish | Self::Reset | Self::Silence => true,
-            Self::Told(..) | Self::Broken | Self::Impatience | Self::Refused => false,
+            Self::Abandon | Self::Told(..) | Self::Broken | Self::Impatience | Self::Refused => false,
         }
     }
 }

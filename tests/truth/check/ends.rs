@@ -51,6 +51,7 @@ fn reason(case: &Case<'_>, stay: &Stay, index: usize, row: &Row) -> Option<Strin
         End::Close => CloseReason::ClosedByAgent,
         End::Finish | End::Reset | End::Impatience => CloseReason::ConnectionLost,
         End::Silence => CloseReason::HeartbeatTimeout,
+        End::Abandon => CloseReason::Superseded,
         End::Told(code, word) => {
             let told = word == said && *code == reason.code();
             let accused = reason.cause() == Cause::Agent && stay.longest_gap < LONG_PAUSE;
@@ -78,6 +79,9 @@ fn reason(case: &Case<'_>, stay: &Stay, index: usize, row: &Row) -> Option<Strin
             && reason.cause() == Cause::Server
             && reason != CloseReason::InternalError)
         || (end != &End::Farewell && (soon_back || troubled) && reason == CloseReason::Superseded)
+        || (end == &End::Abandon
+            && matches!(reason, CloseReason::ConnectionLost | CloseReason::HeartbeatTimeout)
+            && !soon_back)
         || (end == &End::Silence
             && given_up
             && matches!(reason, CloseReason::ConnectionLost | CloseReason::Superseded))

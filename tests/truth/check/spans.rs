@@ -95,7 +95,7 @@ impl Case<'_> {
             (_, End::Close | End::Finish | End::Reset) => Some(self.evidence.read_by(*ended, &lag)),
             (_, End::Impatience) => Some(self.evidence.read_by(gone, &lag)),
             // What was sent last may be read as late as a server is stopped: it proves the agent then.
-            (Way::WebSocket, End::Silence) => {
+            (_, End::Abandon) | (Way::WebSocket, End::Silence) => {
                 Some(self.evidence.read_by(stay.last_sent, &[Trouble::Lag, Trouble::Stopped]))
             }
             (Way::Http, End::Silence) => {

@@ -46,7 +46,9 @@ fn wrongly(case: &Case<'_>, change: &Change) -> Option<String> {
 fn wrongly_after(case: &Case<'_>, stay: &Stay, at: Moment) -> Option<String> {
     let ended = stay.ended.as_ref().filter(|(ended, _)| *ended <= at.after(CLOCK));
     match ended {
-        Some((_, End::Silence)) => too_early(stay, at).then(|| "before its deadline".to_owned()),
+        Some((_, End::Silence | End::Abandon)) => {
+            too_early(stay, at).then(|| "before its deadline".to_owned())
+        }
         Some((_, end)) if end.is_own() || *end == End::Impatience => None,
         _ if is_late(case, stay) || stay.farewell || is_unheard(case, stay, at) => None,
         _ => in_vain(case, stay, ended.map(|(ended, _)| *ended), at),

@@ -87,7 +87,7 @@ fn story() -> Story {
         last_disconnected_at: row.disconnected_at,
         disconnect_reason: row.disconnect_reason.clone(),
     };
-    let books = Books { rows: vec![row], changes, agents: vec![record] };
+    let books = Books { rows: vec![row], changes, agents: vec![record], nodes: Vec::new() };
     Story { agent, evidence: Evidence { kind: Kind::Sqlite, windows: Vec::new(), books, now: at(30_000) } }
 }
 
