@@ -267,6 +267,11 @@ impl Window {
         self.from <= to && self.to.is_none_or(|end| end >= from)
     }
 
+    /// True where it keeps everybody out: a connection that is cut, or slow, does not.
+    pub(crate) fn closes(&self) -> bool {
+        !matches!(self.trouble, Trouble::StoreCut | Trouble::CommitCut | Trouble::StoreDelayed)
+    }
+
     pub(crate) fn is_of(&self, node: usize) -> bool {
         self.node.is_none_or(|of| of == node)
     }

@@ -81,7 +81,7 @@ fn reason(case: &Case<'_>, stay: &Stay, index: usize, row: &Row) -> Option<Strin
         || (end != &End::Farewell && (soon_back || troubled) && reason == CloseReason::Superseded)
         || (end == &End::Abandon
             && matches!(reason, CloseReason::ConnectionLost | CloseReason::HeartbeatTimeout)
-            && !soon_back)
+            && (troubled || !soon_back))
         || (end == &End::Silence
             && given_up
             && matches!(reason, CloseReason::ConnectionLost | CloseReason::Superseded))

@@ -74,7 +74,16 @@ impl Case<'_> {
         let first = self.agent.stays.first().map_or(self.evidence.now, |stay| stay.hello);
         let mut spans = vec![Span { from: Moment::from_micros(0), to: first }];
         for (index, stay) in self.agent.stays.iter().enumerate() {
-            let next = self.agent.stays.get(index + 1);
+            let mut later = self.agent.stays.iter().skip(index + 1);
+            let next = later.clone().next();
+            // Who polls may try a WebSocket in vain and poll on.
+            let polls_before =
+                || self.agent.stays[..index].iter().rev().find(|stay| !stay.exchanges.is_empty());
+            if stay.exchanges.is_empty() && polls_before().is_some_and(|before| before.way == Way::Http) {
+                continue;
+            }
+            let answered = later.find(|stay| stay.way == Way::Http || !stay.exchanges.is_empty());
+            let next = if stay.way == Way::Http { answered } else { next };
             let Some(from) = self.gone_for_good(stay, next) else { continue };
             let to = next.map_or(self.evidence.now, |next| next.hello);
             if from < to {

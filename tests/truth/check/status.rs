@@ -73,11 +73,7 @@ fn is_late(case: &Case<'_>, stay: &Stay) -> bool {
 /// True for a poller that nobody heard for its time although somebody listened: its polls went where nobody did.
 fn is_unheard(case: &Case<'_>, stay: &Stay, at: Moment) -> bool {
     let heard = stay.exchanges.iter().map(|exchange| exchange.answered).take_while(|heard| *heard <= at);
-    heard.last().is_some_and(|heard| {
-        stay.way == Way::Http
-            && at.since(heard) >= EARLIEST
-            && case.evidence.last_closed(at).is_none_or(|closed| closed <= heard)
-    })
+    stay.way == Way::Http && heard.last().is_some_and(|heard| case.evidence.open_time(heard, at) >= EARLIEST)
 }
 
 /// Why the verdict on an agent that did not leave is wrong.
