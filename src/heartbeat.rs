@@ -61,6 +61,8 @@ pub struct HeartbeatMonitor {
 struct Watched {
     connection: Arc<OpenConnection>,
     not_before: Tick,
+    /// Since when it is watched.
+    since: Tick,
 }
 
 impl std::fmt::Debug for HeartbeatMonitor {
@@ -102,7 +104,10 @@ impl HeartbeatMonitor {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
-                Some((connection, not_before)) = self.intake.recv() => self.arm(Watched { connection, not_before }),
+                Some((connection, not_before)) = self.intake.recv() => {
+                    let since = self.history.clock().tick();
+                    self.arm(Watched { connection, not_before, since });
+                }
                 Some(expired) = std::future::poll_fn(|context| self.deadlines.poll_expired(context)),
                     if !self.deadlines.is_empty() => self.judge(expired.into_inner()),
             }
@@ -115,15 +120,16 @@ impl HeartbeatMonitor {
         let deadline = beat.deadline(connection.transport, &connection.link, self.history.expected());
         let seen = beat.last_seen(connection.transport, &connection.link);
         let deadline = deadline.after(self.sight.blindness_since(seen));
+        let not_before = watched.not_before.after(self.sight.blindness_since(watched.since));
         match connection.transport {
-            Transport::Websocket => deadline.max(watched.not_before),
+            Transport::Websocket => deadline.max(not_before),
             // Who polled a node that was lost has the time to find another one.
             Transport::Http => {
                 let found = self
                     .peers
                     .lost_at()
                     .map_or(deadline, |lost| lost.after(self.history.expected().return_time()));
-                deadline.max(found).max(watched.not_before).after(self.poll_grace)
+                deadline.max(found).max(not_before).after(self.poll_grace)
             }
         }
     }

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Clock, Tick};
@@ -60,6 +61,7 @@ pub struct Sight {
     /// When the present run of refusals began.
     refusing_since: AtomicU64,
     noticed: AtomicUsize,
+    signal: Notify,
     past: Mutex<VecDeque<Blindness>>,
 }
 
@@ -79,6 +81,7 @@ impl Sight {
             refused: AtomicU64::new(0),
             refusing_since: AtomicU64::new(0),
             noticed: AtomicUsize::new(0),
+            signal: Notify::new(),
             past: Mutex::default(),
         }
     }
@@ -132,6 +135,7 @@ impl Sight {
             past.push_back(blindness);
         });
         self.noticed.fetch_add(1, Ordering::Release);
+        self.signal.notify_one();
         // Whole seconds, rounded up: the server forgives rather too much than too little.
         self.metrics
             .blind_seconds
@@ -213,6 +217,11 @@ impl Sight {
     #[must_use]
     pub fn outage(&self) -> &Arc<Outage> {
         &self.outage
+    }
+
+    /// Waits for the next blindness to be noticed. One task waits.
+    pub async fn blindness(&self) {
+        self.signal.notified().await;
     }
 
     /// How many blindnesses were noticed so far.

@@ -237,7 +237,10 @@ pub(super) async fn a_number_that_is_unknown_is_stored_as_unknown(store: Arc<dyn
         poll_silence: None,
     };
     assert_eq!(store.update_last_seen(&[same_moment]).await, Ok(1));
-    assert_eq!(detail(&store, 1).await.sequence_num, Some(0), "the save of that moment knew better");
+    assert_eq!(detail(&store, 1).await.sequence_num, Some(7), "a later report came in the same moment");
+    let unknown = Sighting { sequence_num: None, ..same_moment };
+    assert_eq!(store.update_last_seen(&[unknown]).await, Ok(1));
+    assert_eq!(detail(&store, 1).await.sequence_num, Some(7), "what is not known of it takes nothing back");
     let unknown = Sighting {
         agent: uid(1),
         connection_id: opened.connection_id,
