@@ -42,7 +42,8 @@ impl std::fmt::Debug for Verdicts {
 impl Verdicts {
     /// Works until `stop` is cancelled.
     pub async fn run(self, stop: CancellationToken) {
-        let mut forgiven = 0;
+        // Nothing is forgiven yet: a start may have taken long, and nobody was admitted meanwhile.
+        let mut forgiven = None;
         loop {
             let pause = self.carry_out(&mut forgiven).await.unwrap_or_else(|error| {
                 self.outage.stumbled("carrying out verdicts", &error);
@@ -59,16 +60,16 @@ impl Verdicts {
     /// Carries out what is due; answers how long to wait for the next.
     ///
     /// `forgiven` counts the blindnesses for which agents were given their return time anew.
-    async fn carry_out(&self, forgiven: &mut usize) -> Result<Duration, StoreError> {
+    async fn carry_out(&self, forgiven: &mut Option<usize>) -> Result<Duration, StoreError> {
         if !self.sight.can_conclude(self.history.clock().tick()) {
             return Ok(SHORTEST_PAUSE);
         }
         let now = self.history.now();
         let noticed = self.sight.noticed();
-        if *forgiven < noticed {
+        if *forgiven != Some(noticed) {
             // Also where other nodes live: whether those agents could reach them nobody knows.
             self.store.postpone_verdicts(now, self.history.expected().return_time()).await?;
-            *forgiven = noticed;
+            *forgiven = Some(noticed);
         }
         let next = self.store.next_overdue().await?;
         if next.is_some_and(|next| next <= now) {
