@@ -575,9 +575,9 @@ impl Agent {
                 }
             }
             if again.is_some() && self.rng.u8(0..4) == 0 {
-                // It gives the message up.
+                // It gives the message up; who has just started tells everything once more.
                 again = None;
-                say = Say::Nothing;
+                say = if self.full_first { Say::Full } else { Say::Nothing };
             }
             if leaves {
                 break;
@@ -622,7 +622,8 @@ impl Agent {
             // Who is not connected there is not looked at.
             self.excuse_longer("it said farewell to another process", Duration::from_mins(10));
         }
-        let patience = if self.rng.u8(0..50) == 0 { takes } else { PATIENCE };
+        let hasty = self.rng.u8(0..50) == 0 && !self.world.is_calm();
+        let patience = if hasty { takes } else { PATIENCE };
         timeout(patience, answered).await.ok()?.ok()
     }
 }

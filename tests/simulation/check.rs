@@ -24,6 +24,8 @@ const PROMPT: Duration = Duration::from_millis(1_500);
 pub(crate) struct Expected {
     pub(crate) timeout: Duration,
     pub(crate) flush: Duration,
+    /// True where there is more than one node.
+    pub(crate) several: bool,
 }
 
 /// A found contradiction: the rule and what is wrong.
@@ -151,7 +153,8 @@ fn ended(truth: &Inner, own: &Own, row: &Row, end: &RowEnd, expected: Expected, 
         )
     };
     let polls = row.transport == Transport::Http;
-    let heard = if polls { contact.heard.max(own.polled.unwrap_or(contact.heard)) } else { contact.heard };
+    let heard =
+        if polls { contact.heard.max(own.polled.map_or(contact.heard, |(at, _)| at)) } else { contact.heard };
     match end.by {
         Some(by) => {
             if end.at > heard.after(NEAR) && end.at > row.connected_at {
@@ -176,7 +179,7 @@ fn ended(truth: &Inner, own: &Own, row: &Row, end: &RowEnd, expected: Expected, 
     }
     cause(own, contact, end, what, found);
     if end.reason == CloseReason::HeartbeatTimeout {
-        silence(own, contact, end, expected, what, found);
+        silence(truth, own, contact, end, expected, what, found);
     }
 }
 
@@ -231,6 +234,7 @@ fn cause(own: &Own, contact: &Contact, end: &RowEnd, what: impl Fn() -> String, 
 
 /// Who is called silent was silent for as long as that takes.
 fn silence(
+    truth: &Inner,
     own: &Own,
     contact: &Contact,
     end: &RowEnd,
@@ -240,9 +244,19 @@ fn silence(
 ) {
     let arrived = match contact.transport {
         Transport::Websocket => contact.arrived,
-        // The poll that comes after the end is a newcomer.
+        // The poll that comes after the end is a newcomer, and what a stopped process read nobody else knows.
         Transport::Http => {
-            contact.heard.max(own.polled.filter(|at| at.after(NEAR) < end.known()).unwrap_or_default())
+            // What a node heard that does not reach the store the others cannot know.
+            let cut_off = |process| {
+                expected.several
+                    && (truth.froze(process, contact.heard, end.known())
+                        || truth.troubled(contact.heard, end.known()))
+            };
+            if cut_off(contact.process) {
+                return;
+            }
+            let known = |&(at, process): &(Moment, _)| at.after(NEAR) < end.known() && !cut_off(process);
+            contact.heard.max(own.polled.filter(known).map(|(at, _)| at).unwrap_or_default())
         }
     };
     // What arrives after the verdict proves nothing, and what arrived before it must have been read.

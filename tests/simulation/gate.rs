@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Waker};
 
 use fastrand::Rng;
+use tokio::time::Instant;
 
 /// What a process is at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +33,12 @@ struct Inner {
     /// Where a task of this process waits; a place is used again once its task is done.
     waiting: Vec<Option<Waker>>,
     free: Vec<usize>,
+    /// How often tasks were polled in the present moment.
+    polls: (Instant, u32),
 }
+
+/// How often the tasks of a process may be polled before time passes: beyond it, one of them spins.
+const BUSIEST: u32 = 200_000;
 
 /// What a task's panic said.
 pub(crate) type OnPanic = Arc<dyn Fn(String) + Send + Sync>;
@@ -47,7 +53,8 @@ struct Gated<F> {
 
 impl Gate {
     pub(crate) fn new() -> Arc<Self> {
-        let inner = Inner { state: State::Running, waiting: Vec::new(), free: Vec::new() };
+        let polls = (Instant::now(), 0);
+        let inner = Inner { state: State::Running, waiting: Vec::new(), free: Vec::new(), polls };
         Arc::new(Self { inner: Mutex::new(inner) })
     }
 
@@ -57,6 +64,10 @@ impl Gate {
 
     pub(crate) fn state(&self) -> State {
         self.inner().state
+    }
+
+    fn spins(&self) -> bool {
+        self.inner().polls.1 > BUSIEST
     }
 
     /// The task as one of this process.
@@ -110,6 +121,16 @@ impl Gate {
     }
 }
 
+impl Inner {
+    fn count_poll(&mut self) {
+        let now = Instant::now();
+        self.polls = if self.polls.0 == now { (now, self.polls.1 + 1) } else { (now, 0) };
+        if self.polls.1 > BUSIEST {
+            self.state = State::Dead;
+        }
+    }
+}
+
 impl<F: Future<Output = ()>> Future for Gated<F> {
     type Output = ();
 
@@ -120,8 +141,12 @@ impl<F: Future<Output = ()>> Future for Gated<F> {
             if !place.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
                 *place = Some(context.waker().clone());
             }
+            inner.count_poll();
             inner.state
         };
+        if state == State::Dead && self.task.is_some() && self.gate.spins() {
+            (self.on_panic)("it is polled for ever, and no time passes".to_owned());
+        }
         let polled = match (state, &mut self.task) {
             (State::Frozen, _) => return Poll::Pending,
             (State::Dead, _) | (_, None) => Ok(Poll::Ready(())),

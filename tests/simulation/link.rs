@@ -10,7 +10,7 @@ use opamp_server::agent::report::digest_of_bytes;
 use opamp_server::agent::{InstanceUid, Sender};
 use opamp_server::clock::Tick;
 use opamp_server::close::CloseReason;
-use opamp_server::history::{EndTicket, Noticed, OpenConnection};
+use opamp_server::history::{EndTicket, Noticed};
 use opamp_server::metrics::Refused;
 use opamp_server::proto::{AgentToServer, ServerToAgent};
 use opamp_server::pulse::Link;
@@ -33,6 +33,9 @@ const LONELY: Duration = Duration::from_secs(10);
 
 /// How long the writes that wait may take before newcomers have to come later.
 const LONGEST_QUEUE: Duration = Duration::from_secs(2);
+
+/// How long a link may not be read for what is read then to prove something.
+const ABSENCE: Duration = Duration::from_secs(1);
 
 /// What an agent sends on a link.
 #[derive(Debug)]
@@ -141,6 +144,8 @@ pub(crate) struct LinkTask {
     lonely_since: Option<Tick>,
     /// True where a session is to be asked something before it reports by itself.
     curious: bool,
+    /// Until when what is read may have waited.
+    absent_until: Option<Instant>,
     _hangup: Hangup,
 }
 
@@ -156,6 +161,7 @@ impl LinkTask {
             sessions: Vec::with_capacity(1),
             lonely_since: Some(tick),
             curious: false,
+            absent_until: None,
             _hangup: Hangup(Arc::clone(wire), Arc::clone(process)),
         };
         process.open_link(&link, Box::pin(task.run()));
@@ -215,7 +221,8 @@ impl LinkTask {
             Up::Reset => return Err(End::Unwritable),
         };
         self.origin.link.heard(self.process.services.clock.tick(), bytes);
-        self.process.truth.hears(self.wire.number);
+        let proves = self.absent_until.is_none_or(|until| Instant::now() > until);
+        self.process.truth.hears(self.wire.number, proves);
         match frame {
             Up::Report(bytes) => self.on_message(bytes).await,
             Up::Close => Err(End::ClosedByPeer),
@@ -231,11 +238,15 @@ impl LinkTask {
             let link = Arc::clone(&self.origin.link);
             link.turn_away();
             let turned_away = self.process.services.clock.tick();
+            let began = Instant::now();
             let mut share = self.process.budget.small_share();
             share.cover_message(bytes.len(), 10).await;
             let inbound = Inbound::new(report, digest_of_bytes(&bytes), share);
             let offer = self.take(inbound).await;
             link.attend(turned_away, self.process.services.clock.tick());
+            if began.elapsed() > ABSENCE {
+                self.absent_until = Some(Instant::now() + ABSENCE);
+            }
             offer
         };
         self.wire.answer(Down::Offer(Box::new(offer)));
@@ -302,11 +313,12 @@ impl LinkTask {
     /// only lost its row keeps its place and is asked to report.
     fn look_around(&mut self) -> Result<(), End> {
         let (mut reason, mut adrift) = (None, false);
+        let closing = self.process.services.closing.load(Ordering::Relaxed);
         self.sessions.retain_mut(|(_, session)| {
             let connection = session.as_ref().map(Session::connection);
             let recorded = connection.filter(|connection| connection.is_recorded());
             let ended = recorded.and_then(|connection| connection.ended());
-            if ended == Some(CloseReason::ServerLost) {
+            if ended == Some(CloseReason::ServerLost) && !closing {
                 *session = None;
                 adrift = true;
                 return true;
@@ -448,14 +460,22 @@ async fn seated(
     let services = &process.services;
     let seat = services.hub.seat(agent);
     let mut session = seat.lock().await;
-    let _attending = services.hub.get(agent).map(|connection| Attending::to_poll(process, connection));
+    let known = services.hub.get(agent).map(|connection| Arc::clone(&connection.link));
+    let _to_the_known = known.map(|link| Attending::to(process, link));
+    let _to_a_new = Attending::to(process, Arc::clone(&origin.link));
     let heard = services.clock.moment(origin.link.last_byte());
-    process.truth.own(agent, |own| own.polled = Some(heard));
+    process.truth.own(agent, |own| own.polled = Some((heard, process.node_id)));
     if let Some(session) = &*session {
         let id = session.connection().id;
         process.truth.taken(id, Transport::Http, process.node_id, None, heard);
     }
     let exchange = exchange(services, &mut session, origin, agent, inbound).await;
+    if let Exchange::Done(exchanged) = &exchange
+        && exchanged.refusal.is_some()
+        && let Some(connection) = services.hub.get(agent)
+    {
+        connection.pulse.refused(origin.link.last_byte());
+    }
     if let Some(session) = &*session {
         let id = session.connection().id;
         process.truth.taken(id, Transport::Http, process.node_id, None, heard);
@@ -468,21 +488,21 @@ async fn seated(
 }
 
 /// A poll that the server works on.
-struct Attending {
-    process: Arc<Process>,
-    connection: Arc<OpenConnection>,
+struct Attending<'a> {
+    process: &'a Process,
+    link: Arc<Link>,
     began: Tick,
 }
 
-impl Attending {
-    fn to_poll(process: &Arc<Process>, connection: Arc<OpenConnection>) -> Self {
-        connection.link.turn_away();
-        Self { process: Arc::clone(process), connection, began: process.services.clock.tick() }
+impl<'a> Attending<'a> {
+    fn to(process: &'a Process, link: Arc<Link>) -> Self {
+        link.turn_away();
+        Self { process, link, began: process.services.clock.tick() }
     }
 }
 
-impl Drop for Attending {
+impl Drop for Attending<'_> {
     fn drop(&mut self) {
-        self.connection.link.attend(self.began, self.process.services.clock.tick());
+        self.link.attend(self.began, self.process.services.clock.tick());
     }
 }

@@ -173,7 +173,6 @@ impl Process {
             store: Arc::clone(&services.store),
             history: services.history.clone(),
             sight: Arc::clone(&services.sight),
-            node_id: self.node_id,
             outage: Arc::clone(&services.outage),
             check_interval: config.heartbeat.check_interval,
         };
@@ -256,6 +255,17 @@ impl Process {
         self.alive.store(false, Ordering::Relaxed);
         self.gate.kill(rng);
         self.store.release();
+    }
+
+    /// Another node has ended all connections of this one: what is still here is closed, and writes nothing more.
+    pub(crate) fn abandon_all(&self) {
+        self.services.closing.store(true, Ordering::Relaxed);
+        let mut connections = self.services.hub.connections();
+        connections.sort_by_key(|connection| connection.id);
+        for connection in connections {
+            connection.abandon(CloseReason::ServerLost);
+            self.services.hub.leave(&connection);
+        }
     }
 
     /// Stops in an orderly way, as the server does; answers how many connections are not on record.

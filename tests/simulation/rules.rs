@@ -41,14 +41,12 @@ pub(crate) enum Rule {
     Owner,
     /// In the end the record is not what is.
     Converged,
-    /// A task of the server panicked or ended by itself.
+    /// A task of the server panicked, ended by itself, or spins.
     Panic,
-    /// The simulation itself got stuck.
-    Stuck,
 }
 
 impl Rule {
-    pub(crate) const ALL: [Self; 21] = [
+    pub(crate) const ALL: [Self; 20] = [
         Self::Shape,
         Self::Order,
         Self::Log,
@@ -69,7 +67,6 @@ impl Rule {
         Self::Owner,
         Self::Converged,
         Self::Panic,
-        Self::Stuck,
     ];
 
     fn named(word: &str) -> Option<Self> {

@@ -77,8 +77,8 @@ pub(crate) struct Own {
     pub(crate) answered: Marks,
     /// When that was.
     pub(crate) acknowledged: Option<Moment>,
-    /// When its last poll was read.
-    pub(crate) polled: Option<Moment>,
+    /// When its last poll was read, and by which process.
+    pub(crate) polled: Option<(Moment, Uuid)>,
     /// When reports arrived with which it left.
     pub(crate) farewells: Vec<Moment>,
     /// Something happened after which a server may ask for full state.
@@ -137,9 +137,9 @@ pub(crate) struct Inner {
 }
 
 impl Contact {
-    fn hear(&mut self, at: Moment) {
+    fn hear(&mut self, at: Moment, proves: bool) {
         self.heard = self.heard.max(at);
-        if self.proofs.back().is_none_or(|last| *last < at) {
+        if proves && self.proofs.back().is_none_or(|last| *last < at) {
             self.proofs.push_back(at);
         }
         if self.proofs.len() > PROOFS {
@@ -257,13 +257,15 @@ impl Truth {
     }
 
     /// Something of a link was read just now.
-    pub(crate) fn hears(&self, link: u64) {
+    ///
+    /// It proves that the peer was there, unless it may have waited before.
+    pub(crate) fn hears(&self, link: u64, proves: bool) {
         let now = self.now();
         let mut inner = self.lock();
         let Inner { links, contacts, .. } = &mut *inner;
         for id in links.get(&link).map(|link| link.connections.as_slice()).unwrap_or_default() {
             if let Some(contact) = contacts.get_mut(id) {
-                contact.hear(now);
+                contact.hear(now, proves);
             }
         }
     }
@@ -291,7 +293,7 @@ impl Truth {
             proofs: VecDeque::new(),
         });
         contact.process = process;
-        contact.hear(heard);
+        contact.hear(heard, link.is_none());
         contact.arrived = contact.arrived.max(arrived);
         if let Some(link) = link
             && !link.connections.contains(&connection)

@@ -104,10 +104,15 @@ pub(crate) fn between(rng: &mut Rng, least: u64, most: u64) -> Duration {
 pub(crate) async fn run(seed: u64, rules: Rules, recording: bool) -> Outcome {
     let mut rng = Rng::with_seed(seed);
     let config = settings(&mut rng);
-    let expected = Expected { timeout: config.heartbeat.timeout, flush: config.store.flush_interval };
+
+    let places = if rng.u8(0..5) < 3 { 1 } else { 2 };
+    let expected = Expected {
+        timeout: config.heartbeat.timeout,
+        flush: config.store.flush_interval,
+        several: places > 1,
+    };
     let truth = Arc::new(Truth::new(rules, recording, expected));
     let tasks = TaskTracker::new();
-    let places = if rng.u8(0..5) < 3 { 1 } else { 2 };
     let single = places == 1 && rng.bool();
     let database = Database::new(seed, single, Arc::clone(&truth), tasks.clone());
     let world = Arc::new(World {
@@ -189,7 +194,8 @@ impl World {
         let away = |place: usize| matches!(self.database.fault(place), Some(Fault::Away | Fault::Hanging));
         let places = 0..self.places();
         let unnoticed = if places.clone().all(|place| process(place).is_none()) {
-            Some(Duration::ZERO)
+            // Among several nodes a short absence is nobody's business: their leases tell.
+            Some(if self.places() > 1 { self.config.node.lease } else { Duration::ZERO })
         } else if !places.clone().any(|place| runs(&place)) {
             Some(Duration::from_millis(1_500))
         } else if places.clone().filter(runs).all(away) {
@@ -252,6 +258,7 @@ impl World {
                 .truth
                 .say(format_args!("node-{}.{} learns that it was ended", process.place, process.number));
             world.excuse_all("a node was taken for lost");
+            process.abandon_all();
             world.stop(process.place, Duration::from_secs(1)).await;
         }));
     }
@@ -422,7 +429,9 @@ impl World {
         // From now on nothing is lost, so that nobody has a reason to ask.
         self.truth.say(format_args!("every node is stopped and started"));
         for place in 0..self.places() {
-            self.stop(place, Duration::from_secs(3)).await;
+            if !self.places[place].busy.swap(true, Ordering::Relaxed) {
+                self.stop(place, Duration::from_secs(3)).await;
+            }
         }
         sleep(expected.heartbeat.timeout * 4 + expected.heartbeat.check_interval + Duration::from_mins(4))
             .await;

@@ -17,6 +17,7 @@ use opamp_server::store::{
 use uuid::Uuid;
 
 use super::{Call, Database, Row};
+use crate::truth::Truth;
 
 /// How long it may take to end what a node left open.
 const TAKE_OVER: Duration = Duration::from_mins(1);
@@ -83,6 +84,32 @@ fn shown(row: &Row) -> ConnectionRow {
         node_seq: row.seq,
         created_at: row.created_at,
         confirmed_until: None,
+    }
+}
+
+/// Puts what a batch did to connections on the timeline.
+fn tell(truth: &Truth, batch: &[Write], written: &[Written]) {
+    for (write, written) in batch.iter().zip(written) {
+        match (write, written) {
+            (Write::CreateConnection(new), Written::Created(opened)) => truth.say(format_args!(
+                "{} has row {} ({}{}), number {:?}, displaced {:?}",
+                truth.who(new.agent),
+                opened.connection_id,
+                new.transport.label(),
+                if opened.continued { ", goes on" } else { "" },
+                opened.agent.sequence_num,
+                opened.displaced.map(|displaced| (displaced.connection_id, displaced.reason.label()))
+            )),
+            (Write::UpdateConnection(end), Written::Connection(ended)) => truth.say(format_args!(
+                "{} ends row {} as {}, number {:?}{}",
+                truth.who(end.agent),
+                end.connection_id,
+                end.reason,
+                end.sequence_num,
+                if ended.duration_seconds.is_none() { ": not any more" } else { "" }
+            )),
+            _ => {}
+        }
     }
 }
 
@@ -161,8 +188,11 @@ impl ConnectionStore for Handle {
     async fn write(&self, batch: &[Write]) -> Result<Vec<Written>, StoreError> {
         let (batch, single) = (batch.to_vec(), self.database.single);
         let lost = || StoreError::Unavailable("another node took this one for lost".to_owned());
+        let truth = Arc::clone(&self.database.truth);
         let written = self.call(transacts("write", batch.len() as u64), move |records| {
-            (single || records.may_open(&batch)).then(|| records.write(&batch))
+            let written = (single || records.may_write(&batch)).then(|| records.write(&batch));
+            tell(&truth, &batch, written.as_deref().unwrap_or_default());
+            written
         });
         written.await?.ok_or_else(lost)
     }

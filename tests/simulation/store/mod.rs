@@ -252,9 +252,7 @@ async fn transaction<T: Send + 'static>(
             *database.locked() = database.truth.now().after(takes);
         }
     }
-    // Where time is told, the way back is none, so that no clock is off.
-    let tells_time = call.name == "time";
-    let whole = tells_time || fate == Fate::Late;
+    let whole = fate == Fate::Late;
     if !takes.is_zero() {
         tokio::time::sleep(if whole { takes } else { takes / 2 }).await;
     }

@@ -284,7 +284,13 @@ impl Records {
         if !open || end.unless_seen_after.is_some_and(|limit| seen > Some(limit)) {
             return Ended::default();
         }
-        let (id, at, by) = (end.connection_id, end.disconnected_at, end.disconnected_by);
+        let (id, by) = (end.connection_id, end.disconnected_by);
+        let polls = self.row(id).is_some_and(|row| row.transport == Transport::Http);
+        // Another node may have heard a poller later than the one that ends it.
+        let at = match (by, seen) {
+            (Some(by), Some(seen)) if polls => end.disconnected_at.max(seen.min(by)),
+            _ => end.disconnected_at,
+        };
         let Some(decided) = self.end_row(id, EndedBy::Holder, end.reason, at, by) else {
             return Ended::default();
         };
@@ -601,13 +607,14 @@ impl Records {
         rows.map(held).collect()
     }
 
-    /// True where the node that opens connections is not marked as ended.
-    pub(crate) fn may_open(&self, batch: &[Write]) -> bool {
-        let opens = batch.iter().find_map(|write| match write {
+    /// True where the node that opens or ends connections is not marked as ended.
+    pub(crate) fn may_write(&self, batch: &[Write]) -> bool {
+        let node = batch.iter().find_map(|write| match write {
             Write::CreateConnection(new) => Some(new.node_id),
-            Write::UpdateAgent(_) | Write::UpdateConnection(_) => None,
+            Write::UpdateConnection(end) => Some(end.node_id),
+            Write::UpdateAgent(_) => None,
         });
-        opens.is_none_or(|node| self.nodes.iter().any(|row| row.id == node && row.ended_at.is_none()))
+        node.is_none_or(|node| self.nodes.iter().any(|row| row.id == node && row.ended_at.is_none()))
     }
 
     fn is_silent(&self, row: &Row, heir: &Heir) -> bool {
