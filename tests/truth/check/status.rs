@@ -24,7 +24,7 @@ fn wrongly(case: &Case<'_>, change: &Change) -> Option<String> {
         return Some(format!("{what} while it was connected"));
     }
     // Who left its link of its own will left, whenever that was read.
-    if case.stay_of(change.connection_id).is_some_and(|stay| wrongly_after(case, stay, at).is_none()) {
+    if case.stay_of(change.connection_id).is_some_and(|stay| wrongly_after(case, stay, change).is_none()) {
         return None;
     }
     // Whoever tries to return, or did a moment ago, was judged by what came before: the last stay that was answered by then.
@@ -32,7 +32,7 @@ fn wrongly(case: &Case<'_>, change: &Change) -> Option<String> {
         |stay: &Stay| stay.exchanges.first().is_some_and(|exchange| exchange.answered.after(CLOCK) <= at);
     let mut wrong = None;
     for stay in stays.iter().rev().skip_while(|stay| stay.hello.before(CLOCK) > at) {
-        let wrongly = wrongly_after(case, stay, at)?;
+        let wrongly = wrongly_after(case, stay, change)?;
         wrong = wrong.or(Some(wrongly));
         if is_known(stay) {
             break;
@@ -42,8 +42,9 @@ fn wrongly(case: &Case<'_>, change: &Change) -> Option<String> {
     Some(format!("{what} {wrong}"))
 }
 
-/// Why a verdict at `at` is wrong, by the stay before it.
-fn wrongly_after(case: &Case<'_>, stay: &Stay, at: Moment) -> Option<String> {
+/// Why a verdict is wrong, by the stay before it.
+fn wrongly_after(case: &Case<'_>, stay: &Stay, change: &Change) -> Option<String> {
+    let at = change.at;
     let ended = stay.ended.as_ref().filter(|(ended, _)| *ended <= at.after(CLOCK));
     match ended {
         Some((_, End::Silence | End::Abandon)) => {
@@ -51,7 +52,7 @@ fn wrongly_after(case: &Case<'_>, stay: &Stay, at: Moment) -> Option<String> {
         }
         Some((_, end)) if end.is_own() || *end == End::Impatience => None,
         _ if is_late(case, stay) || stay.farewell || is_unheard(case, stay, at) => None,
-        _ => in_vain(case, stay, ended.map(|(ended, _)| *ended), at),
+        _ => in_vain(case, stay, ended.map(|(ended, _)| *ended), change),
     }
 }
 
@@ -77,7 +78,12 @@ fn is_unheard(case: &Case<'_>, stay: &Stay, at: Moment) -> bool {
 }
 
 /// Why the verdict on an agent that did not leave is wrong.
-fn in_vain(case: &Case<'_>, stay: &Stay, ended: Option<Moment>, at: Moment) -> Option<String> {
+fn in_vain(case: &Case<'_>, stay: &Stay, ended: Option<Moment>, change: &Change) -> Option<String> {
+    let at = change.at;
+    // Whose node was taken for lost learns of it late; the others have admitted since.
+    let row = case.rows.iter().find(|row| Some(row.id) == change.connection_id);
+    let known = row.and_then(|row| row.disconnected_by.or(row.disconnected_at));
+    let ended = ended.into_iter().chain(known.filter(|known| *known <= at)).min();
     let Some(sent_away) = ended.max(case.evidence.last_closed(at)) else {
         return Some("although nothing had happened".to_owned());
     };
