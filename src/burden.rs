@@ -85,6 +85,8 @@ pub struct Share {
     held: Option<OwnedSemaphorePermit>,
     pass: PollSemaphore,
     passes: Option<OwnedSemaphorePermit>,
+    /// True while it stands in the queue for the pass.
+    queues: bool,
     /// Where large messages are worked on.
     bench: Option<Arc<Semaphore>>,
     /// Bytes that need no permission.
@@ -100,6 +102,7 @@ impl Share {
             held: None,
             pass: PollSemaphore::new(Arc::clone(&lane.pass)),
             passes: None,
+            queues: false,
             bench,
             free,
             asked: 0,
@@ -118,13 +121,40 @@ impl Share {
                 // A closed budget does not exist; were there one, nobody would have to wait for it.
                 Poll::Ready(None) => break,
                 Poll::Pending => {
+                    self.queues = true;
                     self.passes = ready!(self.pass.poll_acquire(context));
                     // Whoever goes on without pieces must not stand in the queue for them.
                     self.pieces = PollSemaphore::new(self.pieces.clone_inner());
                 }
             }
         }
+        if std::mem::take(&mut self.queues) && self.passes.is_none() {
+            // Nor may whoever has its pieces keep the pass from others.
+            self.pass = PollSemaphore::new(self.pass.clone_inner());
+        }
         Poll::Ready(())
+    }
+
+    /// Gives back what is more than so many bytes need, and the pass.
+    pub fn shrink(&mut self, bytes: u64) {
+        self.passes = None;
+        self.asked = bytes;
+        let needed = usize::try_from(bytes.saturating_sub(self.free).div_ceil(PIECE)).unwrap_or(usize::MAX);
+        if let Some(held) = &mut self.held {
+            let surplus = held.num_permits().saturating_sub(needed);
+            drop(held.split(surplus));
+        }
+    }
+
+    /// Holds what `other` held as well.
+    pub fn absorb(&mut self, mut other: Self) {
+        self.asked = self.asked.saturating_add(other.asked);
+        match (&mut self.held, other.held.take()) {
+            // Shares of small and of large messages are held from different budgets.
+            (Some(held), Some(more)) if Arc::ptr_eq(held.semaphore(), more.semaphore()) => held.merge(more),
+            (None, more) => self.held = more,
+            (Some(_), _) => {}
+        }
     }
 
     /// Waits until the share covers so many bytes.
@@ -212,6 +242,20 @@ mod tests {
         assert!(waits(&mut small[3], 1).await);
         small.remove(0);
         assert!(!waits(&mut small[2], 1).await);
+    }
+
+    #[tokio::test]
+    async fn a_share_gives_back_what_it_does_not_need() {
+        let budget = Budget::new(1 << 20);
+        let (mut one, mut other) = (budget.small_share(), budget.small_share());
+        one.cover(200 << 10).await;
+        one.shrink(5 << 10);
+        assert_eq!(budget.small.pieces.available_permits(), 256 - 2);
+        other.cover(64 << 10).await;
+        one.absorb(other);
+        assert_eq!((one.asked(), budget.small.pieces.available_permits()), (69 << 10, 256 - 18));
+        drop(one);
+        assert_eq!(budget.small.pieces.available_permits(), 256);
     }
 
     #[tokio::test]

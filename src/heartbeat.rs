@@ -138,6 +138,8 @@ impl HeartbeatMonitor {
         if watched.connection.ended().is_some() {
             return;
         }
+        // Before the deadline is read, which moves when the link is read again.
+        let attended = watched.connection.link.attentive_since().is_some();
         let deadline = self.deadline(&watched);
         let now = self.history.clock().tick();
         if now < deadline {
@@ -145,10 +147,7 @@ impl HeartbeatMonitor {
             return;
         }
         let polls = watched.connection.transport == Transport::Http;
-        if !self.sight.can_judge(now)
-            || watched.connection.link.attentive_since().is_none()
-            || polls && self.peers.is_unsure()
-        {
+        if !self.sight.can_judge(now) || !attended || polls && self.peers.is_unsure() {
             self.deadlines.insert(watched, UNSURE);
             return;
         }

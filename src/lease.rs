@@ -19,7 +19,7 @@ use crate::clock::{Moment, Tick};
 use crate::close::CloseReason;
 use crate::history::History;
 use crate::metrics::Metrics;
-use crate::outage::Outage;
+use crate::outage::{Outage, Witness};
 use crate::peers::Peers;
 use crate::store::{Heir, Peer, Store, StoreError};
 
@@ -69,12 +69,14 @@ impl Lease {
                     Ok(Some(lost)) => ending.extend(lost.into_iter().map(|peer| self.end(peer))),
                     Ok(None) => {
                         self.ended.cancel();
+                        // Who was ended ends nobody.
+                        drop(ending);
                         stop.cancelled().await;
                         return;
                     }
                     Err(error) => {
                         watching.failed();
-                        self.outage.failed("the renewal of the node's lease", &error);
+                        self.outage.failed(Witness::Lease, "the renewal of the node's lease", &error);
                     }
                 },
             }
@@ -86,19 +88,19 @@ impl Lease {
         if !self.store.renew_node(self.node_id, self.history.now()).await? {
             return Ok(None);
         }
-        self.outage.written();
+        self.outage.written(Witness::Lease);
         // A database that was restarted has forgotten who holds the name.
         if !self.store.lock_node_name(&self.name).await.unwrap_or(true) {
             tracing::warn!(name = self.name, "another opamp-server has taken the name of this node");
         }
         let peers = self.store.list_peers(self.node_id).await?;
         let now = self.history.clock().tick();
-        let (some, known) = (!peers.is_empty(), watching.peers.len());
-        let lost = watching.renewed(now, peers);
-        self.peers.note(some, watching.is_unsure(now));
-        if watching.peers.len() < known {
+        if watching.misses_any(&peers) {
             self.peers.note_loss(now);
         }
+        let some = !peers.is_empty();
+        let lost = watching.renewed(now, peers);
+        self.peers.note(some, !lost.is_empty() || watching.is_unsure(now));
         Ok(Some(lost))
     }
 
@@ -123,7 +125,7 @@ impl Lease {
                 );
                 self.history.expect_verdicts();
             }
-            Err(error) => self.outage.failed("the end of a lost node", &error),
+            Err(error) => self.outage.stumbled("ending a lost node", &error),
         }
     }
 }
@@ -134,8 +136,16 @@ struct Watching {
     length: Duration,
     /// When this node renewed last; none after a failure.
     renewed: Option<Tick>,
-    /// The last renewal of each peer, and since when it stands while this node renews without failure.
-    peers: BTreeMap<Uuid, (Moment, Tick)>,
+    /// What was seen of each peer while this node renews without failure.
+    peers: BTreeMap<Uuid, Seen>,
+}
+
+/// The last renewal of a peer, and since when it stands.
+#[derive(Debug)]
+struct Seen {
+    renewal: Moment,
+    since: Tick,
+    lease: Duration,
 }
 
 impl Watching {
@@ -151,7 +161,12 @@ impl Watching {
 
     /// True where one of the others did not renew when it should have.
     fn is_unsure(&self, now: Tick) -> bool {
-        self.peers.values().any(|(_, since)| now.since(*since) >= self.length * 2 / 3)
+        self.peers.values().any(|seen| now.since(seen.since) >= seen.lease * 2 / 3)
+    }
+
+    /// True where somebody is gone who was seen before.
+    fn misses_any(&self, peers: &[Peer]) -> bool {
+        self.peers.keys().any(|id| peers.iter().all(|peer| peer.id != *id))
     }
 
     /// This node renewed at `now` and then saw `peers`; answers which of them are lost.
@@ -163,11 +178,12 @@ impl Watching {
         self.renewed = Some(now);
         self.peers.retain(|id, _| peers.iter().any(|peer| peer.id == *id));
         let lost = |peer: &Peer| {
-            let (renewal, since) = self.peers.entry(peer.id).or_insert((peer.renewed_at, now));
-            if *renewal != peer.renewed_at {
-                (*renewal, *since) = (peer.renewed_at, now);
+            let seen = || Seen { renewal: peer.renewed_at, since: now, lease: peer.lease };
+            let known = self.peers.entry(peer.id).or_insert_with(seen);
+            if known.renewal != peer.renewed_at {
+                *known = seen();
             }
-            now.since(*since) >= self.length.max(peer.lease)
+            now.since(known.since) >= self.length.max(peer.lease)
         };
         let lost: Vec<Peer> = peers.into_iter().filter(lost).collect();
         // Whoever is still there after another whole lease is reported once more.

@@ -318,6 +318,11 @@ impl Pulse {
         self.with(|beat| beat.kept += 1);
     }
 
+    /// Notes that what is stored stands for no number.
+    pub fn forget(&self) {
+        self.with(|beat| beat.number = None);
+    }
+
     /// Notes that a kept change is kept no more.
     pub fn release(&self) {
         self.with(|beat| beat.kept = beat.kept.saturating_sub(1));

@@ -64,7 +64,7 @@ impl Retention {
                     tokio::time::sleep(PAUSE).await;
                 }
                 Err(error) => {
-                    self.outage.failed("retention", &error);
+                    self.outage.stumbled("retention", &error);
                     break;
                 }
             }

@@ -63,7 +63,7 @@ impl Safety {
                 () = self.services.outage.back() => {}
             }
             if let Err(error) = self.look(&mut suspects).await {
-                self.services.outage.failed("the look at open rows", &error);
+                self.services.outage.stumbled("comparing open rows", &error);
             }
         }
     }
@@ -137,7 +137,8 @@ impl Safety {
             Some(_) => CloseReason::Superseded,
             None => CloseReason::ServerLost,
         };
-        if reason == CloseReason::ServerLost {
+        // The row of polls may be ended by any node, in good order.
+        if reason == CloseReason::ServerLost && connection.transport == Transport::Websocket {
             tracing::warn!(
                 agent_id = %connection.agent,
                 connection_id = connection.id,

@@ -561,7 +561,7 @@ async fn anchor(services: Arc<Services>, stop: CancellationToken) {
         let before = clock.tick();
         match services.store.now().await {
             Ok(now) => clock.anchor(now, before.after(clock.tick().since(before) / 2)),
-            Err(error) => services.outage.failed("the clock's next anchor", &error),
+            Err(error) => services.outage.stumbled("anchoring the clock", &error),
         }
     }
 }

@@ -30,6 +30,9 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// 30 to 60 s.
 const COMING_BACK: Duration = Duration::from_secs(65);
 
+/// For how long refusals excuse those who stay away.
+const LONGEST_EXCUSE: Duration = Duration::from_mins(10);
+
 /// The most blindnesses that are kept apart; beyond it the oldest two become one.
 const KEPT: usize = 64;
 
@@ -54,6 +57,8 @@ pub struct Sight {
     troubled: AtomicBool,
     /// When a newcomer was refused last, in microseconds; 0 = never.
     refused: AtomicU64,
+    /// When the present run of refusals began.
+    refusing_since: AtomicU64,
     noticed: AtomicUsize,
     past: Mutex<VecDeque<Blindness>>,
 }
@@ -64,12 +69,24 @@ impl Sight {
     pub fn new(clock: Clock, metrics: Arc<Metrics>, outage: Arc<Outage>) -> Self {
         let began = clock.tick();
         let last_look = AtomicU64::new(began.as_micros());
-        let (troubled, refused, noticed) = (AtomicBool::new(false), AtomicU64::new(0), AtomicUsize::new(0));
-        Self { clock, metrics, outage, began, last_look, troubled, refused, noticed, past: Mutex::default() }
+        Self {
+            clock,
+            metrics,
+            outage,
+            began,
+            last_look,
+            troubled: AtomicBool::new(false),
+            refused: AtomicU64::new(0),
+            refusing_since: AtomicU64::new(0),
+            noticed: AtomicUsize::new(0),
+            past: Mutex::default(),
+        }
     }
 
     /// Looks until `stop` is cancelled.
     pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+        // What came before the first look was the start.
+        self.last_look.store(self.clock.tick().as_micros(), Ordering::Release);
         let (mut away_since, mut refusing) = (None, false);
         while stop.run_until_cancelled(tokio::time::sleep(PACE)).await.is_some() {
             let now = self.clock.tick();
@@ -109,7 +126,8 @@ impl Sight {
                 && let Some(next) = past.front_mut()
             {
                 next.from = oldest.from;
-                next.deaf |= oldest.deaf;
+                // What lies between them was heard: it forgives, and it proves nothing away.
+                next.deaf = false;
             }
             past.push_back(blindness);
         });
@@ -147,14 +165,21 @@ impl Sight {
 
     /// Notes that a newcomer was refused at `now` for want of room.
     pub fn refuse(&self, now: Tick) {
-        self.refused.store(now.as_micros().max(1), Ordering::Relaxed);
+        let before = self.refused.swap(now.as_micros().max(1), Ordering::Relaxed);
+        if before == 0 || now.since(Tick::from_micros(before)) > COMING_BACK {
+            self.refusing_since.store(now.as_micros(), Ordering::Relaxed);
+        }
     }
 
-    /// True while those who were refused may still be on their way.
+    /// True while those who were refused may still be on their way. A server that refuses for long has
+    /// no room for its fleet: that excuses nobody for ever.
     #[must_use]
     pub fn is_refusing(&self, now: Tick) -> bool {
         let refused = self.refused.load(Ordering::Relaxed);
-        refused > 0 && now.since(Tick::from_micros(refused)) <= COMING_BACK
+        let since = Tick::from_micros(self.refusing_since.load(Ordering::Relaxed));
+        refused > 0
+            && now.since(Tick::from_micros(refused)) <= COMING_BACK
+            && now.since(since) <= LONGEST_EXCUSE
     }
 
     /// For how long the server was blind since `seen`.
@@ -201,6 +226,7 @@ impl Sight {
 mod tests {
     use super::*;
     use crate::clock::Moment;
+    use crate::outage::Witness;
     use crate::store::StoreError;
 
     fn sight() -> (Arc<Sight>, Arc<Outage>, Clock) {
@@ -251,10 +277,10 @@ mod tests {
         let looking = Arc::clone(&sight).run(stop.clone());
         let began = clock.tick();
         let story = async {
-            outage.failed("a test", &StoreError::Conflict);
+            outage.failed(Witness::Lease, "a test", &StoreError::Conflict);
             tokio::time::sleep(Duration::from_secs(5)).await;
             assert!(!sight.can_judge(clock.tick()));
-            outage.written();
+            outage.written(Witness::Lease);
             tokio::time::sleep(PACE * 2 + SETTLE).await;
             assert!(sight.can_judge(clock.tick()));
             stop.cancel();
@@ -271,9 +297,9 @@ mod tests {
         let stop = CancellationToken::new();
         let looking = Arc::clone(&sight).run(stop.clone());
         let story = async {
-            outage.failed("a test", &StoreError::Conflict);
+            outage.failed(Witness::Lease, "a test", &StoreError::Conflict);
             tokio::time::sleep(PACE + PACE / 2).await;
-            outage.written();
+            outage.written(Witness::Lease);
             assert!(!sight.can_judge(clock.tick()));
             tokio::time::sleep(PACE).await;
             assert!(!sight.can_judge(clock.tick()), "what arrived meanwhile is to be read first");
@@ -295,6 +321,11 @@ mod tests {
             tokio::time::sleep(PACE * 2).await;
             assert!(sight.can_conclude(clock.tick()));
             assert_eq!(sight.noticed(), 1, "return times begin anew");
+            for _ in 0..11 {
+                sight.refuse(clock.tick());
+                tokio::time::sleep(Duration::from_mins(1)).await;
+            }
+            assert!(sight.can_conclude(clock.tick()), "a server that is full for good excuses nobody");
             stop.cancel();
         };
         tokio::join!(looking, story);

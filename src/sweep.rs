@@ -45,7 +45,7 @@ impl Verdicts {
         let mut forgiven = 0;
         loop {
             let pause = self.carry_out(&mut forgiven).await.unwrap_or_else(|error| {
-                self.outage.failed("pending verdicts", &error);
+                self.outage.stumbled("carrying out verdicts", &error);
                 self.check_interval
             });
             tokio::select! {
@@ -109,7 +109,7 @@ impl Sweep {
             let stale =
                 self.store.retire_stale_agents(self.clock.now(), self.stale_after, self.ephemeral).await;
             match stale {
-                Err(error) => self.outage.failed("the sweep", &error),
+                Err(error) => self.outage.stumbled("the sweep", &error),
                 Ok(changes) => {
                     changes.iter().for_each(StatusChange::log);
                     let retired = changes.iter().filter(|change| change.to == Status::Retired).count();

@@ -102,6 +102,23 @@ impl Documents {
 }
 
 impl Documents {
+    /// About how many bytes they hold.
+    #[must_use]
+    pub fn size(&self) -> usize {
+        let described = self.description.as_ref();
+        let documents = [
+            described.map(|described| &described.document),
+            self.health.as_ref(),
+            self.effective_config.as_ref(),
+            self.remote_config_status.as_ref(),
+            self.package_statuses.as_ref(),
+            self.custom_capabilities.as_ref(),
+            self.components.as_ref(),
+            self.connection_settings_status.as_ref(),
+        ];
+        documents.into_iter().flatten().map(size).sum()
+    }
+
     /// These documents and, where they say something, the `newer` ones of the same agent.
     #[must_use]
     pub fn followed_by(self, newer: Self) -> Self {
@@ -140,6 +157,19 @@ pub fn hex(bytes: &[u8]) -> String {
         let _infallible = write!(text, "{byte:02x}");
         text
     })
+}
+
+/// About how many bytes a document holds.
+fn size(document: &Value) -> usize {
+    let own = size_of::<Value>();
+    match document {
+        Value::Null | Value::Bool(_) | Value::Number(_) => own,
+        Value::String(text) => own + text.len(),
+        Value::Array(list) => own + list.iter().map(size).sum::<usize>(),
+        Value::Object(members) => {
+            own + members.iter().map(|(name, member)| 2 * own + name.len() + size(member)).sum::<usize>()
+        }
+    }
 }
 
 /// Cleaned text as JSON.

@@ -1,8 +1,7 @@
 //! What waits to be written: jobs in their order, and the changes that are kept while the store is away.
 
-use std::collections::VecDeque;
-use std::collections::btree_map::{BTreeMap, OccupiedEntry};
 use std::collections::hash_map::{Entry, HashMap};
+use std::collections::{BTreeMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::oneshot;
@@ -95,6 +94,7 @@ pub(super) struct Waiting {
     _at_work: Option<Working>,
     /// True where it was postponed before.
     postponed: bool,
+    tries: Tries,
     /// Nobody waits for what was answered already.
     answer: Option<oneshot::Sender<Reply>>,
 }
@@ -107,7 +107,14 @@ impl Job {
         at_work: Option<Working>,
         answer: oneshot::Sender<Reply>,
     ) -> Self {
-        let waiting = Waiting { concern, share, _at_work: at_work, postponed: false, answer: Some(answer) };
+        let waiting = Waiting {
+            concern,
+            share,
+            _at_work: at_work,
+            postponed: false,
+            tries: Tries::default(),
+            answer: Some(answer),
+        };
         Self { write, waiting }
     }
 
@@ -139,11 +146,16 @@ impl Waiting {
     }
 }
 
-/// The larger of two shares: what a newer change replaces is held no more.
-fn larger(one: Option<Share>, other: Option<Share>) -> Option<Share> {
-    let asked = |share: &Option<Share>| share.as_ref().map_or(0, Share::asked);
-    if asked(&one) >= asked(&other) { one } else { other }
+/// How often a change was tried alone and in vain while the store took others.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tries {
+    count: u32,
+    /// How many batches had been written at the last try.
+    successes: u64,
 }
+
+/// After so many tries it is this very change that the store cannot take.
+const MOST_TRIES: u32 = 5;
 
 /// What waits to be written.
 #[derive(Debug, Default)]
@@ -173,15 +185,13 @@ impl Inbox {
             Concern::Kept(connection) => (connection, true),
             Concern::Nobody => return,
         };
-        // Small messages are many, and as long as they are kept they are counted by connections.
-        let share = waiting.share.filter(Share::is_large);
         let id = update.connection_id;
-        let (update, share) = match self.kept.remove(&id) {
+        let (update, mut share, tries) = match self.kept.remove(&id) {
             None => {
                 if !returns {
                     connection.pulse.keep();
                 }
-                (*update, share)
+                (*update, waiting.share, waiting.tries)
             }
             Some(Job { write: Write::UpdateAgent(present), waiting: other }) => {
                 if returns {
@@ -189,15 +199,27 @@ impl Inbox {
                 }
                 // What returns from the store was taken from here before the present one came.
                 let (older, newer) = if returns { (update, present) } else { (present, update) };
-                (older.followed_by(*newer), larger(share, other.share))
+                let share = match (waiting.share, other.share) {
+                    (Some(mut share), Some(other)) => {
+                        share.absorb(other);
+                        Some(share)
+                    }
+                    (share, other) => share.or(other),
+                };
+                (older.followed_by(*newer), share, Tries::default())
             }
             Some(_) => return,
         };
+        if let Some(share) = &mut share {
+            // The message is gone, and nobody copies the documents while they wait.
+            share.shrink(update.documents.size() as u64);
+        }
         let kept = Waiting {
             concern: Concern::Kept(connection),
             share,
             _at_work: None,
             postponed: true,
+            tries,
             answer: None,
         };
         self.kept.insert(id, Job { write: Write::UpdateAgent(Box::new(update)), waiting: kept });
@@ -207,48 +229,123 @@ impl Inbox {
     }
 
     /// The store did not take a job: it waits in its order, an opening does so once, a change is kept.
+    /// Answers a change that was tried `alone` too often while the store took others.
     ///
     /// An opening is done again because nobody knows whether it was: the answer to a commit may be
     /// lost, and then its row would be open without an owner. The store recognises it (`node_seq`).
-    pub(super) fn put_back(&mut self, mut job: Job, error: &StoreError) {
+    pub(super) fn put_back(
+        &mut self,
+        mut job: Job,
+        error: &StoreError,
+        alone: bool,
+        successes: u64,
+    ) -> Option<Job> {
         match job.write {
             Write::UpdateConnection(_) => self.jobs.push_front(job),
-            Write::UpdateAgent(_) => self.keep(job),
+            Write::UpdateAgent(_) => {
+                let tries = &mut job.waiting.tries;
+                if alone && tries.successes < successes {
+                    *tries = Tries { count: tries.count + 1, successes };
+                }
+                if tries.count >= MOST_TRIES {
+                    return Some(job);
+                }
+                self.keep(job);
+            }
             Write::CreateConnection(_) if !job.waiting.postponed => {
                 job.waiting.postponed = true;
                 self.jobs.push_front(job);
             }
             Write::CreateConnection(_) => job.waiting.answer(Reply::Failed(error.clone())),
         }
+        None
     }
 
-    /// The longest run of waiting jobs that may share a commit, at most `limit`: no agent twice, but for
-    /// its end ahead of its opening.
-    pub(super) fn take_batch(&mut self, limit: usize) -> Vec<Job> {
-        let mut stages: HashMap<InstanceUid, u8> = HashMap::new();
-        let (mut batch, mut bytes) = (Vec::new(), 0);
-        loop {
-            let first_kept = self.kept.first_entry();
-            let next = first_kept.as_ref().map(OccupiedEntry::get);
-            let Some(job) = next.or(if first_kept.is_none() { self.jobs.front() } else { None }) else {
-                break;
-            };
-            bytes += job.waiting.share.as_ref().map_or(0, Share::asked);
-            let stage = job.write.stage();
-            let shares = match (stages.get(&job.write.agent()), &job.write) {
-                (None, _) | (Some(1), Write::CreateConnection(_)) => true,
-                (Some(_), _) => false,
-            };
-            let fits = batch.is_empty() || bytes <= BATCH_BYTES;
-            if !shares || !fits || batch.len() == limit {
-                break;
-            }
-            stages.insert(job.write.agent(), stage);
-            match first_kept {
-                Some(entry) => batch.push(entry.remove()),
-                None => batch.extend(self.jobs.pop_front()),
+    /// The store is away: nobody is kept waiting for it who need not. Changes are kept, and openings that
+    /// were not tried are not done.
+    pub(super) fn give_up_waiting(&mut self, error: &StoreError) {
+        for job in std::mem::take(&mut self.jobs) {
+            match job.write {
+                Write::UpdateAgent(_) => self.keep(job),
+                Write::CreateConnection(_) if !job.waiting.postponed => {
+                    job.waiting.answer(Reply::Failed(error.clone()));
+                }
+                Write::UpdateConnection(_) | Write::CreateConnection(_) => self.jobs.push_back(job),
             }
         }
-        batch
+    }
+
+    /// Jobs that may share a commit, at most `limit`: no agent twice, but for its end ahead of its opening.
+    ///
+    /// Kept changes come first, those that were tried in vain after everybody else: whatever the store
+    /// cannot take keeps nobody waiting but its own agent.
+    pub(super) fn take_batch(&mut self, limit: usize) -> Vec<Job> {
+        let mut batch = Batch { limit, ..Batch::default() };
+        let fresh = |job: &Job| job.waiting.tries.count == 0;
+        let ids: Vec<i64> =
+            self.kept.iter().filter(|(_, job)| fresh(job)).map(|(id, _)| *id).take(limit).collect();
+        for id in ids {
+            if !batch.takes(&self.kept[&id]) {
+                break;
+            }
+            batch.jobs.extend(self.kept.remove(&id));
+        }
+        if batch.jobs.is_empty() {
+            let blocked: HashSet<InstanceUid> = self.kept.values().map(|job| job.write.agent()).collect();
+            let mut passed_over = blocked;
+            let mut rest = VecDeque::new();
+            while let Some(job) = self.jobs.pop_front() {
+                if passed_over.contains(&job.write.agent()) || !batch.takes(&job) {
+                    if batch.is_full() {
+                        self.jobs.push_front(job);
+                        break;
+                    }
+                    passed_over.insert(job.write.agent());
+                    rest.push_back(job);
+                } else {
+                    batch.jobs.push(job);
+                }
+            }
+            while let Some(job) = rest.pop_back() {
+                self.jobs.push_front(job);
+            }
+        }
+        if batch.jobs.is_empty() {
+            let tried =
+                self.kept.iter().min_by_key(|(id, job)| (job.waiting.tries.count, **id)).map(|(id, _)| *id);
+            batch.jobs.extend(tried.and_then(|id| self.kept.remove(&id)));
+        }
+        batch.jobs
+    }
+}
+
+/// Jobs that are about to share a commit.
+#[derive(Default)]
+struct Batch {
+    jobs: Vec<Job>,
+    limit: usize,
+    bytes: u64,
+    stages: HashMap<InstanceUid, u8>,
+}
+
+impl Batch {
+    fn is_full(&self) -> bool {
+        self.jobs.len() >= self.limit || self.bytes > BATCH_BYTES
+    }
+
+    /// True where `job` may be added; it is counted then.
+    fn takes(&mut self, job: &Job) -> bool {
+        let bytes = self.bytes + job.waiting.share.as_ref().map_or(0, Share::asked);
+        let shares = match (self.stages.get(&job.write.agent()), &job.write) {
+            (None, _) | (Some(1), Write::CreateConnection(_)) => true,
+            (Some(_), _) => false,
+        };
+        let fits = self.jobs.is_empty() || bytes <= BATCH_BYTES;
+        if !shares || !fits || self.jobs.len() >= self.limit {
+            return false;
+        }
+        self.bytes = bytes;
+        self.stages.insert(job.write.agent(), job.write.stage());
+        true
     }
 }

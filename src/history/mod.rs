@@ -9,7 +9,7 @@
 mod inbox;
 mod writer;
 
-use std::sync::atomic::{AtomicBool, AtomicI64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -98,9 +98,12 @@ impl OpenConnection {
         self.forgot.store(false, Ordering::Relaxed);
     }
 
-    /// Notes that a change that was answered could not be stored after all.
+    /// Notes that a change that was answered could not be stored after all: until its agent was asked for
+    /// everything, no number stands for what is stored.
     fn forget(&self) {
         self.forgot.store(true, Ordering::Relaxed);
+        self.pulse.forget();
+        self.link.wake();
     }
 
     /// Notes why it ended; false where it had ended before.
@@ -142,6 +145,8 @@ impl OpenConnection {
 pub enum Noticed {
     /// The peer itself showed it, just now.
     Seen,
+    /// The peer itself showed it, by what was read at this tick.
+    SeenAt(Tick),
     /// The server knows or decides it now; the last proof that it was connected is its last sign of life.
     Concluded,
     /// A poller fell silent: as `Concluded`, unless another node heard it since.
@@ -165,6 +170,8 @@ pub struct Opening<'a> {
     pub older: Option<&'a OpenConnection>,
     /// The uid to give to its agent where two agents share one; none where it would not understand.
     pub spare: Option<InstanceUid>,
+    /// When the last of the other nodes went: who polled there had to find this one.
+    pub peer_lost: Option<Tick>,
 }
 
 /// What an opening came to.
@@ -215,6 +222,8 @@ struct Shared {
     at_work: Arc<AtWork>,
     /// How fast the store takes writes.
     pace: Pace,
+    /// How many batches were written.
+    successes: AtomicU64,
     arrived: Notify,
     pending_verdict: Notify,
     /// How many ends are not on record.
@@ -266,6 +275,7 @@ impl History {
             inbox: Mutex::default(),
             at_work: Arc::default(),
             pace: Pace::default(),
+            successes: AtomicU64::new(0),
             arrived: Notify::new(),
             pending_verdict: Notify::new(),
             unrecorded: watch::Sender::new(0),
@@ -275,7 +285,7 @@ impl History {
 
     /// Opens a connection; it is durable when this returns.
     pub async fn open(&self, opening: Opening<'_>) -> Result<Opens, StoreError> {
-        let Opening { agent, transport, remote_addr, heard, number, older, spare } = opening;
+        let Opening { agent, transport, remote_addr, heard, number, older, spare, peer_lost } = opening;
         let now = self.shared.clock.moment(heard);
         let new = NewConnection {
             agent,
@@ -294,7 +304,8 @@ impl History {
             first_poll: (transport == Transport::Http).then(|| self.shared.expected.first_poll()),
             excused_until: (transport == Transport::Http).then(|| {
                 let resumed = self.shared.sight.resumed(self.shared.clock.tick());
-                self.shared.clock.moment(resumed.after(self.shared.expected.return_time()))
+                let excused_from = resumed.max(peer_lost.unwrap_or_default());
+                self.shared.clock.moment(excused_from.after(self.shared.expected.return_time()))
             }),
         };
         match self.push(Write::CreateConnection(new), Concern::Nobody, None).await {
@@ -344,11 +355,12 @@ impl History {
             return None;
         }
         let (clock, sight) = (&self.shared.clock, &self.shared.sight);
-        let tick = clock.tick();
+        let tick = if let Noticed::SeenAt(tick) = noticed { tick } else { clock.tick() };
         let now = clock.moment(tick);
         let last_seen_at = clock.moment(connection.proof(sight, heard)).min(now);
         // What is read after a time in which nothing was may have happened at any moment of it.
-        let seen = noticed == Noticed::Seen && connection.proof(sight, tick) == tick;
+        let shown = matches!(noticed, Noticed::Seen | Noticed::SeenAt(_));
+        let seen = shown && connection.proof(sight, tick) == tick;
         let sighted = Moment::from_micros(connection.sighted.load(Ordering::Relaxed));
         // Who lost its connection while newcomers are refused could not have kept it: nobody said good-bye.
         let server_caused = reason.cause() == Cause::Server

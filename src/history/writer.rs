@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use super::inbox::{Job, Reply, Waiting};
 use super::{Shared, count};
 use crate::clock::Tick;
+use crate::outage::Witness;
 use crate::store::{Ended, StoreError, Write, Written};
 
 /// The most writes that share one commit.
@@ -16,6 +17,9 @@ const BATCH_LIMIT: usize = 1_000;
 
 /// How long the writer waits before it tries again what the store could not take.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);
+
+/// The stage of ends.
+const END: u8 = 1;
 
 /// How often a batch is tried that met another writer.
 const CONFLICT_TRIES: u32 = 5;
@@ -71,6 +75,7 @@ impl Writer {
     pub async fn run(mut self, stop: CancellationToken) {
         loop {
             let batch = self.take_batch();
+            self.shared.outage.rest(batch.is_empty());
             if !batch.is_empty() {
                 self.write(batch).await;
             } else if stop.is_cancelled() {
@@ -106,7 +111,8 @@ impl Writer {
                 Ok(written) => {
                     self.shared.metrics.store_commit.record(took.as_secs_f64());
                     self.shared.metrics.store_batch_size.record(count(writes.len()));
-                    self.shared.outage.written();
+                    self.shared.outage.written(Witness::Writer);
+                    self.shared.successes.fetch_add(1, Ordering::Relaxed);
                     self.limit = (self.limit * 2).min(BATCH_LIMIT);
                     self.answer(writes.iter().zip(waiting).zip(written));
                 }
@@ -131,10 +137,18 @@ impl Writer {
             parts.push(second);
             parts.push(batch);
         } else if let Some(job) = batch.pop() {
-            self.shared.metrics.store_failures.increment(1);
-            tracing::warn!(agent_id = %job.write.agent(), %error, "the store refused a write");
-            job.waiting.answer(Reply::Failed(error.clone()));
+            self.refuse(job, error);
         }
+    }
+
+    /// The store cannot take this very write: nothing more is tried.
+    fn refuse(&self, job: Job, error: &StoreError) {
+        self.shared.metrics.store_failures.increment(1);
+        tracing::warn!(agent_id = %job.write.agent(), %error, "the store refused a write");
+        if job.write.stage() == END {
+            self.shared.unrecorded.send_modify(|ends| *ends -= 1);
+        }
+        job.waiting.answer(Reply::Failed(error.clone()));
     }
 
     async fn try_write(&self, writes: &[Write]) -> Result<Vec<Written>, StoreError> {
@@ -149,10 +163,18 @@ impl Writer {
 
     /// The store is away: what waits keeps its order.
     async fn postpone(&self, jobs: Vec<Job>, error: &StoreError) {
-        self.shared.outage.failed(&format!("a batch of {} writes", jobs.len()), error);
-        {
+        let work = format!("a batch of {} writes", jobs.len());
+        self.shared.outage.failed(Witness::Writer, &work, error);
+        let (alone, successes) = (jobs.len() == 1, self.shared.successes.load(Ordering::Relaxed));
+        let hopeless: Vec<Job> = {
             let mut inbox = self.shared.inbox();
-            jobs.into_iter().rev().for_each(|job| inbox.put_back(job, error));
+            let back = jobs.into_iter().rev();
+            let hopeless = back.filter_map(|job| inbox.put_back(job, error, alone, successes)).collect();
+            inbox.give_up_waiting(error);
+            hopeless
+        };
+        for job in hopeless {
+            self.refuse(job, error);
         }
         tokio::time::sleep(RETRY_PAUSE).await;
     }

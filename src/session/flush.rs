@@ -9,6 +9,7 @@ use std::time::Duration;
 use tokio_util::sync::CancellationToken;
 
 use super::Services;
+use crate::outage::Witness;
 use crate::store::Sighting;
 
 /// Stores signs of life until `stop` is cancelled, and once more then.
@@ -44,14 +45,15 @@ async fn flush(services: &Services) {
     }
     match services.store.update_last_seen(&sightings).await {
         Ok(stored) => {
-            services.outage.written();
+            services.outage.written(Witness::Flush);
             services.metrics.sightings.increment(stored);
             for (connection, sighting) in told {
                 connection.pulse.told(sighting);
             }
         }
         Err(error) => {
-            services.outage.failed(&format!("the signs of life of {} agents", sightings.len()), &error);
+            let work = format!("the signs of life of {} agents", sightings.len());
+            services.outage.failed(Witness::Flush, &work, &error);
         }
     }
 }

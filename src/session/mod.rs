@@ -164,6 +164,7 @@ impl Session {
             number: report.sequence_num,
             older: older.as_deref(),
             spare: (!is_legacy(&report.instance_uid)).then(InstanceUid::generate),
+            peer_lost: services.peers.lost_at(),
         };
         let mut opened = match services.history.open(opening).await? {
             Opens::Connection(opened) => opened,
@@ -197,12 +198,25 @@ impl Session {
         {
             return Ok(());
         }
-        let open = services.store.get_active_connection(self.connection.agent).await;
-        let open = open.map_err(|error| refusal(services, &error))?;
-        if open.is_none_or(|row| row.id != self.connection.id) {
-            self.connection.abandon(CloseReason::Superseded);
+        let away = services.outage.is_away();
+        let open =
+            if away { None } else { services.store.get_active_connection(self.connection.agent).await.ok() };
+        match open {
+            Some(open) if open.as_ref().is_none_or(|row| row.id != self.connection.id) => {
+                self.connection.abandon(CloseReason::Superseded);
+                Ok(())
+            }
+            Some(_) => Ok(()),
+            // Nobody can say. Who comes within its time is answered; who was away for longer comes like a newcomer.
+            None if heard <= self.deadline() => Ok(()),
+            None => Err(unavailable()),
         }
-        Ok(())
+    }
+
+    /// By when the agent was to be heard again.
+    fn deadline(&self) -> Tick {
+        let Session { connection, services, .. } = self;
+        connection.pulse.beat().deadline(connection.transport, &connection.link, services.history.expected())
     }
 
     /// The open connection.
@@ -259,6 +273,7 @@ impl Session {
         let heartbeats = next.capabilities().has(AgentCapabilities::ReportsHeartbeat);
         self.connection.pulse.settled(next.stored_number(), next.number(), heartbeats, quiet);
         self.state = next;
+        self.owes_state &= self.state.stored_number().is_none();
         self.answered = Answer { ask_full_state: self.asks(change.ask_full_state), new_uid: None };
     }
 
@@ -285,7 +300,7 @@ impl Session {
         }
         self.adopt(next, change, false);
         if change.leaves || change.requests_uid {
-            Box::pin(self.finish(&inbound.report, change)).await?;
+            Box::pin(self.finish(&inbound.report, change, heard)).await?;
         }
         Ok(Taken::Answered(self.answered))
     }
@@ -335,9 +350,9 @@ impl Session {
     }
 
     /// The agent leaves, or is given another uid.
-    async fn finish(&mut self, report: &AgentToServer, change: Change) -> Result<(), Refusal> {
+    async fn finish(&mut self, report: &AgentToServer, change: Change, heard: Tick) -> Result<(), Refusal> {
         let ticket = if change.leaves {
-            self.end(CloseReason::AgentDisconnect, Noticed::Seen)
+            self.end(CloseReason::AgentDisconnect, Noticed::SeenAt(heard))
         } else if is_legacy(&report.instance_uid) {
             None
         } else {

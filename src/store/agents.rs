@@ -296,7 +296,7 @@ where
             "WITH sightings AS {}, free AS
                  (SELECT l.agent_id FROM agent_liveness l WHERE l.agent_id IN (SELECT s.id FROM sightings s) {})
              UPDATE agent_liveness AS l SET last_seen_at = r.at, poll_silence_ms = r.silence,
-                 sequence_num = CASE WHEN l.last_seen_at < r.at THEN r.number ELSE l.sequence_num END
+                 sequence_num = CASE WHEN l.last_seen_at < r.at THEN r.number ELSE coalesce(r.number, l.sequence_num) END
              FROM sightings r JOIN free f ON f.agent_id = r.id
                  JOIN agents a ON a.id = r.id AND a.connection_id = r.connection_id
              WHERE l.agent_id = r.id AND l.connection_id = r.connection_id AND l.last_seen_at <= r.at",

@@ -58,6 +58,8 @@ pub(super) trait Dialect: Database {
     const GREATEST: &'static str;
     /// Tells every node at commit that orders were written; none where there is one node only.
     const ANNOUNCE: Option<&'static str>;
+    /// Gives one transaction more time than a call has, where sessions limit that themselves.
+    const TAKE_TIME: Option<&'static str>;
     /// True where all nodes on one database share one lock, so that whoever holds it is alone.
     const SINGLE_NODE: bool;
     /// Up and down script of each migration, by number from 1.
@@ -109,6 +111,7 @@ impl Dialect for Postgres {
     const LEAST: &'static str = "least";
     const GREATEST: &'static str = "greatest";
     const ANNOUNCE: Option<&'static str> = Some("SELECT pg_notify('opamp_orders', '')");
+    const TAKE_TIME: Option<&'static str> = Some("SET LOCAL statement_timeout = '60s'");
     const SINGLE_NODE: bool = false;
     const MIGRATIONS: &'static [(&'static str, &'static str)] = &[(
         include_str!("../../migrations/postgres/0001_fleet.up.sql"),
@@ -176,6 +179,7 @@ impl Dialect for Sqlite {
     const LEAST: &'static str = "min";
     const GREATEST: &'static str = "max";
     const ANNOUNCE: Option<&'static str> = None;
+    const TAKE_TIME: Option<&'static str> = None;
     const SINGLE_NODE: bool = true;
     const MIGRATIONS: &'static [(&'static str, &'static str)] = &[(
         include_str!("../../migrations/sqlite/0001_fleet.up.sql"),

@@ -327,8 +327,8 @@ pub trait NodeStore: Send + Sync {
 
     /// Puts a starting node on record and ends its predecessor's open connections as `server_lost`.
     ///
-    /// Without another living node, the time in which nobody watched counts for no agent:
-    /// pending verdicts and stale clocks move on. The caller holds the lock on the name.
+    /// Pending verdicts give their agents the return time from now on; without another living node, the
+    /// time in which nobody watched makes nobody stale. The caller holds the lock on the name.
     async fn start_node(&self, node: &NewNode) -> Result<NodeStart, StoreError>;
 
     /// Gives every agent with a pending verdict its return time anew, from `now`: nobody could have seen it return.

@@ -181,6 +181,14 @@ where
 
     async fn end_strays(&self, heir: &Heir) -> Result<u64, StoreError> {
         bounded(async {
+            let strays = sqlx::query_as(
+                "SELECT n.id FROM nodes n WHERE n.ended_at IS NOT NULL AND EXISTS (SELECT 1
+                     FROM agent_connection_history c WHERE c.disconnected_at IS NULL AND c.node_id = n.id) LIMIT 1",
+            );
+            let any: Option<(Uuid,)> = strays.fetch_optional(&self.readers).await.map_err(failure::<D>)?;
+            if any.is_none() {
+                return Ok(0);
+            }
             let mut tx = self.begin().await?;
             let ended = Self::inherit(&mut tx, heir, false).await?;
             tx.commit().await.map_err(failure::<D>)?;
@@ -265,11 +273,11 @@ fn lost<D: Dialect>(alone: bool) -> String {
     )
 }
 
-/// Rows `c` displaced since the last renewal of a node that `ender` ended: their agents fled from it.
-fn fled(ender: &str) -> String {
+/// Rows `c` displaced since the last renewal of a node that `ender` ended at `at`: their agents fled from it.
+fn fled(ender: &str, at: &str) -> String {
     format!(
         "FROM agent_connection_history c JOIN nodes n ON n.id = c.node_id
-         WHERE n.ended_by = {ender} AND c.disconnected_by > n.renewed_at AND c.disconnect_reason = '{}'",
+         WHERE n.ended_by = {ender} AND n.ended_at = {at} AND c.disconnected_by > n.renewed_at AND c.disconnect_reason = '{}'",
         CloseReason::Superseded.label()
     )
 }
@@ -291,6 +299,7 @@ where
 {
     async fn start(&self, node: &NewNode) -> Result<NodeStart, StoreError> {
         let mut tx = self.begin().await?;
+        Self::take_time(&mut tx).await?;
         let (watched_until,): (Option<Moment>,) = sqlx::query_as("SELECT max(renewed_at) FROM nodes")
             .fetch_one(&mut *tx)
             .await
@@ -306,6 +315,10 @@ where
         .execute(&mut *tx)
         .await
         .map_err(failure::<D>)?;
+        if !D::SINGLE_NODE {
+            let query = sqlx::query("SELECT id FROM nodes WHERE name = $1 AND ended_at IS NULL FOR UPDATE");
+            query.bind(node.name.as_str()).execute(&mut *tx).await.map_err(failure::<D>)?;
+        }
         // Who holds the lock on a name is its only living node; where a lock guards the whole database, the only one.
         let same_name = if D::SINGLE_NODE { "$2 = $2" } else { "name = $2" };
         let text = format!(
@@ -332,8 +345,10 @@ where
         let heir =
             Heir { node: node.id, at: node.at, return_time: node.return_time, first_poll: node.first_poll };
         let lost_connections = Self::inherit(&mut tx, &heir, alone).await?;
+        // No peer is asked whether it watched: two that were half blind would each trust the other. One that did
+        // has carried out what fell due.
+        Self::move_verdicts(&mut tx, node.at, node.return_time).await?;
         if let Some(unwatched) = unwatched {
-            Self::move_verdicts(&mut tx, node.at, node.return_time).await?;
             Self::move_stale_clocks(&mut tx, unwatched).await?;
         }
         tx.commit().await.map_err(failure::<D>)?;
@@ -344,6 +359,8 @@ where
     /// heir itself was.
     async fn end_lost(&self, lost: &Peer, heir: &Heir) -> Result<Option<u64>, StoreError> {
         let mut tx = self.begin().await?;
+        Self::take_time(&mut tx).await?;
+        Self::lock_node(&mut tx, lost.id).await?;
         let marked: Option<(Uuid,)> = sqlx::query_as(
             "UPDATE nodes SET ended_at = $3, ended_by = $2
              WHERE id = $1 AND ended_at IS NULL AND renewed_at = $4
@@ -374,6 +391,23 @@ where
         Ok(ended)
     }
 
+    /// Gives this transaction more time than a call has: a whole fleet may be concerned.
+    async fn take_time(tx: &mut Transaction<'_, D>) -> Result<(), StoreError> {
+        if let Some(text) = D::TAKE_TIME {
+            sqlx::query(text).execute(&mut **tx).await.map_err(failure::<D>)?;
+        }
+        Ok(())
+    }
+
+    /// Waits for the openings and ends of a node that are under way, and keeps others from beginning.
+    async fn lock_node(tx: &mut Transaction<'_, D>, node: Uuid) -> Result<(), StoreError> {
+        if !D::SINGLE_NODE {
+            let query = sqlx::query("SELECT id FROM nodes WHERE id = $1 FOR UPDATE");
+            query.bind(node).execute(&mut **tx).await.map_err(failure::<D>)?;
+        }
+        Ok(())
+    }
+
     /// Locks the agents that an heir may change in the order of every writer, so that nobody waits in a circle.
     async fn lock_agents_of_lost(
         tx: &mut Transaction<'_, D>,
@@ -388,7 +422,7 @@ where
                  (SELECT c.agent_id FROM agent_connection_history c WHERE {} UNION SELECT c.agent_id {})
              ORDER BY a.id {}",
             lost::<D>(alone),
-            fled("$3"),
+            fled("$3", "$1"),
             D::LOCK_AGENTS
         );
         sqlx::query(sql(text))
@@ -478,7 +512,7 @@ where
     /// Rows displaced since the last renewal of a node that this start ended: its agents fled from it.
     async fn rename_displaced(tx: &mut Transaction<'_, D>, heir: &Heir) -> Result<(), StoreError> {
         let (from, to) = (CloseReason::Superseded.label(), CloseReason::ServerLost.label());
-        let fled = fled("$1");
+        let fled = fled("$1", "$2");
         for text in [
             format!(
                 "UPDATE agents AS a SET disconnect_reason = '{to}' {fled} AND c.agent_id = a.id
@@ -488,7 +522,12 @@ where
                 "UPDATE agent_connection_history SET disconnect_reason = '{to}' WHERE id IN (SELECT c.id {fled})"
             ),
         ] {
-            sqlx::query(sql(text)).bind(heir.node).execute(&mut **tx).await.map_err(failure::<D>)?;
+            sqlx::query(sql(text))
+                .bind(heir.node)
+                .bind(heir.at)
+                .execute(&mut **tx)
+                .await
+                .map_err(failure::<D>)?;
         }
         Ok(())
     }

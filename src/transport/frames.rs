@@ -35,20 +35,24 @@ const MASKED: u8 = 0x80;
 const MASK_LENGTH: u64 = 4;
 
 impl FrameMeter {
-    /// Takes the next bytes.
-    pub(super) fn feed(&mut self, mut bytes: &[u8]) {
+    /// Takes the next bytes; true where a message ended among them.
+    pub(super) fn feed(&mut self, mut bytes: &[u8]) -> bool {
+        let mut ended = false;
         while let Some((&byte, rest)) = bytes.split_first() {
             if let Part::Payload { head, left } = self.part {
                 let taken = left.min(bytes.len() as u64);
                 bytes = bytes.get(usize::try_from(taken).unwrap_or(usize::MAX)..).unwrap_or_default();
                 self.held = self.held.saturating_add(taken);
                 self.payload(head, left - taken);
+                ended |= self.held == 0;
                 continue;
             }
             bytes = rest;
             self.held = self.held.saturating_add(1);
             self.header(byte);
+            ended |= self.held == 0;
         }
+        ended
     }
 
     /// Bytes of the message that is not whole yet; 0 where none is.
@@ -138,7 +142,7 @@ mod tests {
     #[test]
     fn pings_between_fragments_end_no_message() {
         let mut meter = FrameMeter::default();
-        meter.feed(&frame(0x02, 10));
+        assert!(!meter.feed(&frame(0x02, 10)));
         let held = meter.unfinished();
         meter.feed(&frame(0x89, 3));
         assert!(held > 0 && meter.unfinished() > held, "the message is still not whole");
@@ -162,8 +166,9 @@ mod tests {
         fn cuts_do_not_matter(payloads in proptest::collection::vec(0_usize..300, 1..6), cut in 1_usize..50) {
             let bytes: Vec<u8> = payloads.iter().flat_map(|payload| frame(0x82, *payload)).collect();
             let (mut whole, mut pieces) = (FrameMeter::default(), FrameMeter::default());
-            whole.feed(&bytes[..bytes.len() - 1]);
-            bytes[..bytes.len() - 1].chunks(cut).for_each(|chunk| pieces.feed(chunk));
+            let ended = whole.feed(&bytes[..bytes.len() - 1]);
+            let ends = bytes[..bytes.len() - 1].chunks(cut).filter(|chunk| pieces.feed(chunk)).count();
+            prop_assert_eq!((ended, ends > 0, ends < payloads.len()), (payloads.len() > 1, payloads.len() > 1, true));
             prop_assert_eq!(whole.unfinished(), pieces.unfinished());
             prop_assert!(whole.unfinished() > 0);
         }

@@ -16,6 +16,9 @@ use crate::wire::{self, Unpacking, WireError};
 /// How long a message waits for memory, in each stage of its way.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// Messages with no more elements than this become little: an ordinary description has some dozens.
+const FEW: usize = 500;
+
 /// How many bytes are unpacked at once.
 const STEP: usize = 4 << 20;
 
@@ -29,58 +32,51 @@ pub(super) enum Unfit {
 }
 
 /// Waits for memory, within reason.
-async fn patiently<T>(work: impl Future<Output = Result<T, WireError>>) -> Result<T, Unfit> {
-    match tokio::time::timeout(PATIENCE, work).await {
-        Ok(done) => done.map_err(Unfit::Wire),
-        Err(_elapsed) => Err(Unfit::Crowded),
-    }
+async fn cover(waiting: impl Future<Output = ()>) -> Result<(), Unfit> {
+    tokio::time::timeout(PATIENCE, waiting).await.map_err(|_elapsed| Unfit::Crowded)
 }
 
 /// Unpacks a gzip body of at most `limit` bytes; the share grows ahead of it.
 pub(super) async fn unpack(packed: Vec<u8>, limit: usize, share: &mut Share) -> Result<Vec<u8>, Unfit> {
-    patiently(async {
-        let mut unpacking = Unpacking::new(packed, limit);
-        let mut step = SMALL;
-        loop {
-            share.cover((unpacking.held() + step) as u64).await;
-            let work = move || {
-                let done = unpacking.step(step);
-                (unpacking, done)
-            };
-            let (unpacked, done) = share.work(work).await;
-            if done? {
-                return Ok(unpacked.into_body());
-            }
-            (unpacking, step) = (unpacked, STEP);
+    let mut unpacking = Unpacking::new(packed, limit);
+    let mut step = SMALL;
+    loop {
+        cover(share.cover((unpacking.held() + step) as u64)).await?;
+        let work = move || {
+            let done = unpacking.step(step);
+            (unpacking, done)
+        };
+        let (unpacked, done) = share.work(work).await;
+        if done.map_err(Unfit::Wire)? {
+            return Ok(unpacked.into_body());
         }
-    })
-    .await
-}
-
-/// Takes a whole message apart that was received under `share`.
-pub(super) async fn unfold(body: Bytes, mut share: Share, budget: &Budget) -> Result<Inbound, Unfit> {
-    if body.len() <= SMALL {
-        let report = wire::decode_body(&body).map_err(Unfit::Wire)?;
-        return weighed(report, &body, budget).await;
+        (unpacking, step) = (unpacked, STEP);
     }
-    patiently(async {
-        share.cover(body.len() as u64).await;
-        let weighing = body.clone();
-        let elements = share.work(move || wire::weigh(&weighing)).await?;
-        share.cover_message(body.len(), elements).await;
-        let work = move || wire::decode_body(&body).map(|report| (report, digest_of_bytes(&body)));
-        let (report, digest) = share.work(work).await?;
-        Ok(Inbound::new(report, digest, share))
-    })
-    .await
 }
 
-/// A small report that is decoded already: it waits only for others like it.
+/// Takes a whole message apart, once there is memory for what it becomes. A large one was received under `share`.
+pub(super) async fn unfold(body: Bytes, share: Option<Share>, budget: &Budget) -> Result<Inbound, Unfit> {
+    let small = body.len() <= SMALL;
+    let mut share = if small { budget.small_share() } else { share.unwrap_or_else(|| budget.share()) };
+    if !small {
+        cover(share.cover(body.len() as u64)).await?;
+    }
+    let weighing = body.clone();
+    let elements = share.work(move || wire::weigh(&weighing)).await.map_err(Unfit::Wire)?;
+    cover(share.cover_message(body.len(), elements)).await?;
+    let work = move || wire::decode_body(&body).map(|report| (report, digest_of_bytes(&body)));
+    let (report, digest) = share.work(work).await.map_err(Unfit::Wire)?;
+    Ok(Inbound::new(report, digest, share))
+}
+
+/// A report of few elements that is decoded already: it waits only for others like it.
 pub(super) async fn weighed(report: AgentToServer, body: &[u8], budget: &Budget) -> Result<Inbound, Unfit> {
-    patiently(async {
-        let mut share = budget.small_share();
-        share.cover_message(body.len(), wire::weigh(body)?).await;
-        Ok(Inbound::new(report, digest_of_bytes(body), share))
-    })
-    .await
+    let mut share = budget.small_share();
+    cover(share.cover_message(body.len(), FEW)).await?;
+    Ok(Inbound::new(report, digest_of_bytes(body), share))
+}
+
+/// True where a message may be decoded at once: whatever it says, it becomes little.
+pub(super) fn is_light(body: &[u8]) -> bool {
+    body.len() <= SMALL && wire::weigh(body).is_ok_and(|elements| elements <= FEW)
 }

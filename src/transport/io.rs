@@ -169,9 +169,10 @@ impl Metered {
         match &mut self.traffic {
             Traffic::Http(phase) => phase.heard(now),
             Traffic::Websocket(meter) => {
-                meter.feed(bytes);
+                let ended = meter.feed(bytes);
                 self.link.set_receiving(meter.unfinished() > 0);
-                if meter.unfinished() == 0 {
+                if ended {
+                    // Whatever follows in the same bytes is another message, with a time and a share of its own.
                     let share = self.stall.take().map(|stall| stall.share).filter(|share| share.asked() > 0);
                     self.whole = share.map(Box::new).or(self.whole.take());
                 }
@@ -186,10 +187,14 @@ impl Metered {
             return Poll::Ready(Ok(()));
         }
         let stall = self.stall();
-        if stall.deadline.as_mut().poll(context).is_ready() {
-            return Poll::Ready(Err(out_of_time()));
+        let late = stall.deadline.as_mut().poll(context).is_ready();
+        let room = stall.share.poll_cover(context, unfinished.saturating_add(more as u64));
+        match (late, room) {
+            (true, Poll::Ready(())) => Poll::Ready(Err(out_of_time())),
+            // Its sender did not keep us waiting.
+            (true, Poll::Pending) => Poll::Ready(Err(io::ErrorKind::OutOfMemory.into())),
+            (false, room) => room.map(Ok),
         }
-        stall.share.poll_cover(context, unfinished.saturating_add(more as u64)).map(Ok)
     }
 }
 

@@ -6,6 +6,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,6 +23,7 @@ use crate::agent::offer::Refusal;
 use crate::agent::{InstanceUid, Sender};
 use crate::burden::Share;
 use crate::clock::Tick;
+use crate::history::OpenConnection;
 use crate::metrics::{DecodeFailure, Refused};
 use crate::pulse::Link;
 use crate::session::{Exchange, Exchanged, Inbound, Origin, Services, exchange, introduce, reject, sender};
@@ -57,13 +59,17 @@ pub(super) async fn poll(
         }
     };
     let mut share = admission.budget().share();
+    let link = Arc::new(Link::default());
     let body = match read(body, limits.max_message_size, &mut share).await {
         Ok(body) => body,
+        Err(Unread::Crowded) => return crowded(services),
         Err(unread) => {
             services.metrics.decode_failures.of(unread.cause()).increment(1);
             return unread.answer(limits.max_message_size);
         }
     };
+    // What it says was true when it came, however long it waits for memory and for the store.
+    link.heard(services.clock.tick(), 0);
     let body =
         if packed { intake::unpack(body, limits.max_message_size, &mut share).await } else { Ok(body) };
     let body = match body {
@@ -78,8 +84,8 @@ pub(super) async fn poll(
             return text(StatusCode::BAD_REQUEST, "the body is not valid gzip\n");
         }
     };
-    let exchanged = match intake::unfold(body, share, admission.budget()).await {
-        Ok(inbound) => exchanged(services, admission, inbound, peer).await,
+    let exchanged = match intake::unfold(body, Some(share), admission.budget()).await {
+        Ok(inbound) => exchanged(services, admission, inbound, peer, link).await,
         Err(Unfit::Crowded) => return crowded(services),
         Err(Unfit::Wire(error)) => {
             let many = error == WireError::TooMany;
@@ -106,6 +112,7 @@ async fn exchanged(
     admission: &Admission,
     mut inbound: Inbound,
     peer: SocketAddr,
+    link: Arc<Link>,
 ) -> Exchanged {
     let report = &inbound.report;
     let agent = match sender(services, report) {
@@ -125,11 +132,7 @@ async fn exchanged(
         services.note_refusal(cause);
         return reject(services, &report.instance_uid, Refusal::Unavailable { retry_after_seconds: 30 });
     }
-    let origin = Origin {
-        transport: Transport::Http,
-        remote_addr: peer,
-        link: Arc::new(Link::heard_at(services.clock.tick())),
-    };
+    let origin = Origin { transport: Transport::Http, remote_addr: peer, link };
     let mut agent = agent;
     loop {
         match seated(services, &origin, agent, &mut inbound).await {
@@ -148,13 +151,14 @@ async fn seated(
 ) -> Exchange {
     let seat = services.hub.seat(agent);
     let mut session = seat.lock().await;
-    let known = services.hub.get(agent).map(|connection| Arc::clone(&connection.link));
+    let polls = |connection: &Arc<OpenConnection>| connection.transport == Transport::Http;
+    let known = services.hub.get(agent).filter(polls).map(|connection| Arc::clone(&connection.link));
     let _to_the_known = known.map(|link| Attending::to(services, link));
     let _to_a_new = Attending::to(services, Arc::clone(&origin.link));
     let exchange = exchange(services, &mut session, origin, agent, inbound).await;
     if let Exchange::Done(exchanged) = &exchange
         && exchanged.refusal.is_some()
-        && let Some(connection) = services.hub.get(agent)
+        && let Some(connection) = services.hub.get(agent).filter(polls)
     {
         connection.pulse.refused(origin.link.last_byte());
     }
@@ -206,13 +210,15 @@ enum Unread {
     TooLarge,
     BrokenOff,
     TooSlow,
+    /// It waited for memory, not for its sender.
+    Crowded,
 }
 
 impl Unread {
     fn cause(self) -> DecodeFailure {
         match self {
             Self::TooLarge => DecodeFailure::TooLarge,
-            Self::BrokenOff | Self::TooSlow => DecodeFailure::Unfinished,
+            Self::BrokenOff | Self::TooSlow | Self::Crowded => DecodeFailure::Unfinished,
         }
     }
 
@@ -221,6 +227,7 @@ impl Unread {
             Self::TooLarge => too_large(limit),
             Self::BrokenOff => text(StatusCode::BAD_REQUEST, "the body broke off\n"),
             Self::TooSlow => text(StatusCode::REQUEST_TIMEOUT, "the body did not come in time\n"),
+            Self::Crowded => come_back_later(),
         }
     }
 }
@@ -239,13 +246,16 @@ async fn read(mut body: Incoming, limit: usize, share: &mut Share) -> Result<Vec
     }
     // An announced length is a promise of the peer's; memory is given as bytes come.
     let mut bytes = Vec::with_capacity(announced.min(ANNOUNCED));
+    let crowded = AtomicBool::new(false);
     let reading = async {
         while let Some(frame) = body.frame().await {
             let Ok(data) = frame.map_err(|_| Unread::BrokenOff)?.into_data() else { continue };
             if bytes.len() + data.len() > limit {
                 return Err(Unread::TooLarge);
             }
+            crowded.store(true, Ordering::Relaxed);
             share.cover((bytes.len() + data.len()) as u64).await;
+            crowded.store(false, Ordering::Relaxed);
             bytes.extend_from_slice(&data);
         }
         Ok(())
@@ -257,6 +267,7 @@ async fn read(mut body: Incoming, limit: usize, share: &mut Share) -> Result<Vec
             Err(Unread::TooLarge)
         }
         Ok(Err(unread)) => Err(unread),
+        Err(_elapsed) if crowded.load(Ordering::Relaxed) => Err(Unread::Crowded),
         Err(_elapsed) => Err(Unread::TooSlow),
     }
 }

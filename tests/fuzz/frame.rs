@@ -243,7 +243,9 @@ fn follow(input: &[u8], happened: &mut Happened) -> Result<(), String> {
     // However the bytes are cut, the follower ends in the same place.
     let (mut whole, mut pieces) = (FrameMeter::default(), FrameMeter::default());
     whole.feed(input);
-    input.chunks(1 + input.len() % 7).for_each(|piece| pieces.feed(piece));
+    for piece in input.chunks(1 + input.len() % 7) {
+        pieces.feed(piece);
+    }
     if [whole.unfinished(), pieces.unfinished()] != [meter.unfinished(); 2] {
         return Err("the follower depends on how the bytes are cut".to_owned());
     }

@@ -274,7 +274,7 @@ where
 {
     /// Makes sure that the node which ends or opens connections is not marked as ended, nor will be before the commit.
     ///
-    /// Nodes are locked ahead of agents, by whoever ends one as well.
+    /// Nodes are locked ahead of agents, by whoever ends one as well; renewals do not wait for it.
     async fn hold_node(
         tx: &mut Transaction<'_, D>,
         ends: &[&ConnectionEnd],
@@ -283,7 +283,7 @@ where
         let node = news.first().map(|new| new.node_id).or(ends.first().map(|end| end.node_id));
         let Some(node) = node.filter(|_| !D::SINGLE_NODE) else { return Ok(()) };
         let living: Option<(Uuid,)> =
-            sqlx::query_as("SELECT id FROM nodes WHERE id = $1 AND ended_at IS NULL FOR SHARE")
+            sqlx::query_as("SELECT id FROM nodes WHERE id = $1 AND ended_at IS NULL FOR KEY SHARE")
                 .bind(node)
                 .fetch_optional(&mut **tx)
                 .await

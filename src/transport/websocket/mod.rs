@@ -26,7 +26,7 @@ use super::intake::{self, Unfit};
 use super::io::{Bearer, Metered};
 use crate::agent::offer::{Answer, Refusal, compose};
 use crate::agent::{InstanceUid, Sender};
-use crate::burden::{SMALL, Share};
+use crate::burden::Share;
 use crate::clock::Tick;
 use crate::close::CloseReason;
 use crate::history::{EndTicket, Noticed};
@@ -137,7 +137,7 @@ enum Take {
     Answer(Vec<u8>),
     /// The report wants more than a look at its session.
     Process(Box<AgentToServer>),
-    /// It is too large to be looked at here and now.
+    /// It is too heavy to be looked at here and now.
     Unfold,
 }
 
@@ -222,6 +222,11 @@ where
     /// Sends a message; gives up when the monitor has ended everybody on the link.
     async fn send(&mut self, message: Message) -> Result<(), End> {
         let agents = &mut self.agents;
+        if agents.is_lonely() {
+            // Nobody watches such a link: a peer that does not read is given up.
+            let sent = tokio::time::timeout(LONELY, self.socket.send(message)).await;
+            return sent.map_err(|_elapsed| End::Lonely)?.map_err(|_| End::Unwritable);
+        }
         agents.origin.link.write_from(agents.services.clock.tick());
         let mut sending = self.socket.send(message);
         let result = loop {
@@ -295,10 +300,8 @@ impl Agents {
             reason = reason.or(ended);
             ended.is_none()
         });
-        if adrift {
-            self.curious = true;
-            self.note_company();
-        }
+        self.curious |= adrift;
+        self.note_company();
         match reason {
             Some(reason) if self.sessions.is_empty() => Err(End::Close(reason)),
             _ if self.is_lonely() && self.origin.link.is_dismissed() => {
@@ -338,6 +341,10 @@ impl Agents {
                 failures.of(DecodeFailure::TooLarge).increment(1);
                 End::Close(CloseReason::MessageTooLarge)
             }
+            Error::Io(error) if error.kind() == std::io::ErrorKind::OutOfMemory => {
+                self.services.note_refusal(Refused::Memory);
+                End::Close(CloseReason::InternalError)
+            }
             Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut => {
                 failures.of(DecodeFailure::Unfinished).increment(1);
                 End::Stalled
@@ -367,7 +374,7 @@ impl Agents {
 
     /// Looks at a message without waiting for anything.
     fn take(&mut self, body: &[u8]) -> Take {
-        if body.len() > SMALL {
+        if !intake::is_light(body) {
             return Take::Unfold;
         }
         let report = match wire::decode_body(body) {
@@ -425,8 +432,7 @@ impl Agents {
             if let Some(report) = report {
                 return intake::weighed(*report, &body, budget).await;
             }
-            let share = share.map_or_else(|| budget.share(), |share| *share);
-            intake::unfold(body, share, budget).await
+            intake::unfold(body, share.map(|share| *share), budget).await
         };
         let mut unfolding = pin!(unfolding);
         loop {
