@@ -85,7 +85,13 @@ impl Outage {
         }
         // A writer that has nothing to write cannot tell itself.
         let idle = if self.idle.load(Ordering::Relaxed) { Witness::Writer as u8 } else { 0 };
-        let cleared = witness as u8 | idle;
+        // Who writes more speaks for who writes less, never the other way round.
+        let cleared = idle
+            | match witness {
+                Witness::Writer => u8::MAX,
+                Witness::Flush => Witness::Flush as u8 | Witness::Lease as u8,
+                Witness::Lease => Witness::Lease as u8,
+            };
         let before = self.away.fetch_and(!cleared, Ordering::Relaxed);
         if before != 0 && before & !cleared == 0 {
             tracing::info!("the store is back");
@@ -111,5 +117,8 @@ mod tests {
         outage.rest(true);
         outage.written(Witness::Lease);
         assert!(!outage.is_away(), "it has nothing left to write");
+        outage.failed(Witness::Lease, "a renewal", &StoreError::Conflict);
+        outage.written(Witness::Writer);
+        assert!(!outage.is_away(), "the next renewal will be done");
     }
 }

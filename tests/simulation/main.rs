@@ -2,7 +2,7 @@
 //!
 //! A seed is a whole world: what agents do, what befalls nodes and store, and when. Days pass in
 //! seconds, without a socket. The simulator keeps a record of what really happened, and what is on
-//! record in the store must never contradict it. `scripts/simulate` runs more; docs/truth.md
+//! record in the store must never contradict it. `scripts/simulate` runs more; docs/simulation.md
 //! says how.
 
 #![expect(clippy::expect_used, reason = "in a test a panic with a sentence is the report")]

@@ -15,6 +15,7 @@ use opamp_server::proto::{
     ComponentHealth, EffectiveConfig, KeyValue, ServerErrorResponseType, ServerToAgent,
 };
 use tokio::sync::watch;
+use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::node::Place;
@@ -76,6 +77,8 @@ pub(crate) struct Agent {
     pub(crate) answered: u32,
     /// Questions on this stay that may have come before the answer to a report.
     pub(crate) questions: u32,
+    /// Sockets that it left open.
+    pub(crate) forgotten: JoinSet<()>,
 }
 
 /// A report on its way.
@@ -118,6 +121,7 @@ impl Agent {
             previous: None,
             answered: 0,
             questions: 0,
+            forgotten: JoinSet::new(),
         }
     }
 
@@ -154,6 +158,9 @@ impl Agent {
             }
             if end.is_own() {
                 self.stay_away().await;
+            } else if end == End::Abandon {
+                // At once: the server cannot know of it.
+                sleep(self.between(0, 400)).await;
             } else {
                 if self.chance(50) {
                     self.hop();

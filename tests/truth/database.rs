@@ -45,6 +45,7 @@ pub(crate) struct Row {
     pub(crate) disconnected_at: Option<Moment>,
     pub(crate) disconnected_by: Option<Moment>,
     pub(crate) disconnect_reason: Option<String>,
+    pub(crate) seconds: Option<i64>,
     pub(crate) remote_addr: Option<String>,
     pub(crate) transport: String,
     pub(crate) node_id: Option<Uuid>,
@@ -67,6 +68,17 @@ pub(crate) struct AgentRow {
     pub(crate) id: Uuid,
     pub(crate) status: String,
     pub(crate) connection_id: Option<i64>,
+    pub(crate) last_connected_at: Option<Moment>,
+    pub(crate) last_disconnected_at: Option<Moment>,
+    pub(crate) disconnect_reason: Option<String>,
+}
+
+/// A server process on record.
+#[derive(Clone, Debug, FromRow)]
+pub(crate) struct NodeRow {
+    pub(crate) id: Uuid,
+    pub(crate) name: String,
+    pub(crate) ended_at: Option<Moment>,
 }
 
 /// Everything on record at one moment.
@@ -75,6 +87,7 @@ pub(crate) struct Books {
     pub(crate) rows: Vec<Row>,
     pub(crate) changes: Vec<Change>,
     pub(crate) agents: Vec<AgentRow>,
+    pub(crate) nodes: Vec<NodeRow>,
 }
 
 #[derive(Debug)]
@@ -130,7 +143,8 @@ impl Database {
     /// Reads everything.
     pub(crate) async fn read(&self) -> Result<Books, sqlx::Error> {
         let rows = self.rows(
-            "SELECT id, agent_id, connected_at, disconnected_at, disconnected_by, disconnect_reason, remote_addr, transport, node_id
+            "SELECT id, agent_id, connected_at, disconnected_at, disconnected_by, disconnect_reason,
+                    CAST(duration_seconds AS bigint) AS seconds, remote_addr, transport, node_id
              FROM agent_connection_history ORDER BY id",
         );
         let changes = self.rows(
@@ -139,7 +153,8 @@ impl Database {
         Ok(Books {
             rows: rows.await?,
             changes: changes.await?,
-            agents: self.rows("SELECT id, status, connection_id FROM agents").await?,
+            nodes: self.rows("SELECT id, name, ended_at FROM nodes").await?,
+            agents: self.rows("SELECT id, status, connection_id, last_connected_at, last_disconnected_at, disconnect_reason FROM agents").await?,
         })
     }
 

@@ -132,9 +132,9 @@ impl Agent {
         }
     }
 
-    /// Leaves in one of five ways.
+    /// Leaves in one of six ways.
     async fn leave(&mut self, mut socket: Socket) -> End {
-        match self.rng.u8(..10) {
+        match self.rng.u8(..12) {
             0..=1 => return self.say_farewell(socket).await,
             2..=3 => {
                 self.record.ended(End::Close);
@@ -149,6 +149,17 @@ impl Agent {
                 socket.reset();
                 self.record.gone();
                 return End::Reset;
+            }
+            8..=9 => {
+                let hold = self.between(500, 6_000);
+                self.record.ended(End::Abandon);
+                self.record.gone();
+                self.record.stay(|stay| stay.released = Some(host_now().after(hold)));
+                self.forgotten.spawn(async move {
+                    sleep(hold).await;
+                    socket.reset();
+                });
+                return End::Abandon;
             }
             _ => {
                 self.record.ended(End::Silence);

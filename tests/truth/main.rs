@@ -16,6 +16,7 @@ mod database;
 mod faults;
 mod lives;
 mod node;
+mod operator;
 #[path = "../integration/harness/postgres.rs"]
 mod postgres;
 mod proxy;
@@ -113,13 +114,15 @@ fn drive(kind: Kind) {
 /// What a round was, in one line.
 fn line(kind: Kind, seed: u64, outcome: &Outcome) -> String {
     let dealt = outcome.faults.iter().filter(|(trouble, _)| !matches!(trouble, Trouble::Down | Trouble::Lag));
+    let ends: Vec<String> = outcome.ends.iter().map(|(reason, count)| format!("{reason} {count}")).collect();
     let faults: Vec<String> = dealt.map(|(trouble, count)| format!("{trouble:?} {count}")).collect();
     format!(
-        "{}: seed {seed}, {} stays, {} exchanges, {} rows, {} changes of status, faults: {}; {} contradictions",
+        "{}: seed {seed}, {} stays, {} exchanges, {} rows ({}), {} changes of status, faults: {}; {} contradictions",
         kind.word(),
         outcome.stays,
         outcome.exchanges,
         outcome.rows,
+        ends.join(", "),
         outcome.changes,
         faults.join(", "),
         outcome.contradictions.len()

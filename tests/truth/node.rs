@@ -59,6 +59,11 @@ fn free_port() -> SocketAddr {
     }
 }
 
+/// The name of a node.
+pub(crate) fn name_of(number: usize) -> String {
+    format!("node-{number}")
+}
+
 /// A node and its supervisor.
 #[derive(Debug)]
 pub(crate) struct Node {
@@ -94,7 +99,7 @@ impl Node {
             .args(["--operators-listen", &self.operators.to_string()])
             .args(["--store-url", &self.store_url])
             .env_clear()
-            .env("OPAMP_NODE_NAME", format!("node-{}", self.number))
+            .env("OPAMP_NODE_NAME", name_of(self.number))
             .envs(SETTINGS)
             .stdin(Stdio::null())
             .stdout(Stdio::null())

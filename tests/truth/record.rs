@@ -43,6 +43,8 @@ pub(crate) enum End {
     Reset,
     /// The agent said nothing more and kept its socket, if it had one.
     Silence,
+    /// The agent forgot its socket, which stays open and silent, and comes back on another one.
+    Abandon,
     /// The server sent a Close frame.
     Told(u16, String),
     /// The link broke at the server's side.
@@ -58,7 +60,7 @@ impl End {
     pub(crate) fn is_own(&self) -> bool {
         match self {
             Self::Farewell | Self::Close | Self::Finish | Self::Reset | Self::Silence => true,
-            Self::Told(..) | Self::Broken | Self::Impatience | Self::Refused => false,
+            Self::Abandon | Self::Told(..) | Self::Broken | Self::Impatience | Self::Refused => false,
         }
     }
 }
@@ -263,6 +265,11 @@ pub(crate) struct Window {
 impl Window {
     pub(crate) fn overlaps(&self, from: Moment, to: Moment) -> bool {
         self.from <= to && self.to.is_none_or(|end| end >= from)
+    }
+
+    /// True where it keeps everybody out: a connection that is cut, or slow, does not.
+    pub(crate) fn closes(&self) -> bool {
+        !matches!(self.trouble, Trouble::StoreCut | Trouble::CommitCut | Trouble::StoreDelayed)
     }
 
     pub(crate) fn is_of(&self, node: usize) -> bool {

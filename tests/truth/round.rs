@@ -14,11 +14,11 @@ use crate::agent::{Agent, Phase};
 use crate::bounds::SETTLE;
 use crate::check::Evidence;
 use crate::database::{Books, Database, Kind};
-use crate::faults;
 use crate::node::{Node, Place};
 use crate::record::{Content, Record, Trouble, Troubles};
 use crate::settle::{disagreements, is_home, shown};
 use crate::timeline::timeline;
+use crate::{faults, operator};
 
 /// What is to be played.
 #[derive(Clone, Debug)]
@@ -39,6 +39,8 @@ pub(crate) struct Outcome {
     pub(crate) exchanges: usize,
     pub(crate) rows: usize,
     pub(crate) changes: usize,
+    /// How many rows ended by each reason.
+    pub(crate) ends: BTreeMap<String, u32>,
     /// Each with its timeline.
     pub(crate) contradictions: Vec<String>,
 }
@@ -93,6 +95,14 @@ pub(crate) async fn play(plan: Plan) -> Option<Outcome> {
         stage.records.push(agent.record());
         agents.spawn(agent.live());
     }
+    let orders = operator::order(
+        stage.places.clone(),
+        stage.records.clone(),
+        rng.fork(),
+        stage.troubles.clone(),
+        watching.clone(),
+    );
+    servers.spawn(orders);
     sleep(stage.plan.storm).await;
     let outcome = stage.judge().await;
     stage.phase.send_replace(Phase::Over);
@@ -256,6 +266,9 @@ impl Stage {
             changes: evidence.books.changes.len(),
             ..Outcome::default()
         };
+        for reason in evidence.books.rows.iter().filter_map(|row| row.disconnect_reason.clone()) {
+            *outcome.ends.entry(reason).or_default() += 1;
+        }
         for (index, record) in self.records.iter().enumerate() {
             let agent = record.lock();
             outcome.stays += agent.stays.len();

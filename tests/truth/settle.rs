@@ -10,14 +10,14 @@ use crate::agent::generation;
 use crate::bounds::READ;
 use crate::check::longest_silence;
 use crate::database::{Books, Row};
-use crate::node::Place;
+use crate::node::{Place, name_of};
 use crate::record::{AgentRecord, Content, End, Record, Way};
 use crate::wire::Socket;
 
 /// Where an agent is.
 enum Whereabouts {
     /// Connected, by this way and from this address.
-    There(Way, String),
+    There(Way, String, usize),
     /// A poller that may come again within its time.
     Between,
     /// It left of its own will.
@@ -30,7 +30,7 @@ fn whereabouts(agent: &AgentRecord, now: Moment) -> Whereabouts {
     let Some(stay) = agent.stays.last() else { return Whereabouts::Trying };
     match &stay.ended {
         None if stay.exchanges.is_empty() => Whereabouts::Trying,
-        None => Whereabouts::There(stay.way, stay.address.clone()),
+        None => Whereabouts::There(stay.way, stay.address.clone(), stay.node),
         Some((_, End::Silence)) if stay.way == Way::Http => {
             let until = stay.last_sent.after(longest_silence(agent)).after(READ);
             if now < until { Whereabouts::Between } else { Whereabouts::Away }
@@ -64,7 +64,7 @@ pub(crate) fn disagreements(books: &Books, records: &[Record], now: Moment) -> V
                 Some(format!("it left, and is {status}"))
             }
             Whereabouts::Away | Whereabouts::Between => None,
-            Whereabouts::There(way, address) => {
+            Whereabouts::There(way, address, node) => {
                 let transport = if way == Way::Http { "http" } else { "websocket" };
                 match rows {
                     [row] if row.transport != transport => {
@@ -73,6 +73,9 @@ pub(crate) fn disagreements(books: &Books, records: &[Record], now: Moment) -> V
                     [row] if way == Way::WebSocket && row.remote_addr.as_deref() != Some(&*address) => {
                         Some(format!("it is there from {address}, and its open row is another's: {row:?}"))
                     }
+                    [row] if way == Way::WebSocket && !is_held_by(books, row, node) => Some(format!(
+                        "it is at node {node}, and its row is held by another or by nobody: {row:?}"
+                    )),
                     [_] if status != "online" || !connected => Some(format!("it is there, and {status}")),
                     [_] => None,
                     _ => Some(format!("it is there, and has {} open rows", rows.len())),
@@ -82,6 +85,12 @@ pub(crate) fn disagreements(books: &Books, records: &[Record], now: Moment) -> V
         found.extend(wrong.map(|wrong| (index, wrong)));
     }
     found
+}
+
+/// True where a row belongs to the living process of a node.
+fn is_held_by(books: &Books, row: &Row, node: usize) -> bool {
+    let holder = books.nodes.iter().find(|holder| Some(holder.id) == row.node_id);
+    holder.is_some_and(|holder| holder.ended_at.is_none() && holder.name == name_of(node))
 }
 
 /// True where the agent's last row says that the agent ended it; after an end of the server's the verdict may be pending

@@ -67,6 +67,7 @@ pub(super) async fn a_change_is_answered_and_stored_on_return(database: &Databas
     until_running(&server, &poller, "a: 5").await;
     socket.say_goodbye().await;
     server.until_ended(agent.uid).await;
+    eventually("newcomers are let in again", async || Socket::is_let_in(&server).await.then_some(())).await;
     let (mut socket, offer) = Socket::greet(&server, &agent.report()).await;
     assert!(!asks(&offer), "its numbers continue what is stored");
     assert!(!asks(&socket.exchange(&agent.report()).await));

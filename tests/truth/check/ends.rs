@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use opamp_server::close::{Cause, CloseReason};
 
-use super::{Case, rows};
+use super::{Case, longest_silence, rows};
 use crate::bounds::{CLOCK, LONG_PAUSE, READ, TIMEOUT};
 use crate::database::{Kind, Row};
 use crate::record::{End, Stay, Way};
@@ -51,6 +51,7 @@ fn reason(case: &Case<'_>, stay: &Stay, index: usize, row: &Row) -> Option<Strin
         End::Close => CloseReason::ClosedByAgent,
         End::Finish | End::Reset | End::Impatience => CloseReason::ConnectionLost,
         End::Silence => CloseReason::HeartbeatTimeout,
+        End::Abandon => CloseReason::Superseded,
         End::Told(code, word) => {
             let told = word == said && *code == reason.code();
             let accused = reason.cause() == Cause::Agent && stay.longest_gap < LONG_PAUSE;
@@ -78,6 +79,9 @@ fn reason(case: &Case<'_>, stay: &Stay, index: usize, row: &Row) -> Option<Strin
             && reason.cause() == Cause::Server
             && reason != CloseReason::InternalError)
         || (end != &End::Farewell && (soon_back || troubled) && reason == CloseReason::Superseded)
+        || (end == &End::Abandon
+            && matches!(reason, CloseReason::ConnectionLost | CloseReason::HeartbeatTimeout)
+            && (troubled || !soon_back))
         || (end == &End::Silence
             && given_up
             && matches!(reason, CloseReason::ConnectionLost | CloseReason::Superseded))
@@ -105,6 +109,23 @@ pub(super) fn seen(case: &Case<'_>) -> Vec<String> {
             found.push(format!(
                 "row {}: the end by {end:?} at {ended} was seen, and the row says {at} to {:?}",
                 row.id, row.disconnected_by
+            ));
+        }
+    }
+    found
+}
+
+/// Without trouble it is unknown for no longer than an agent may be silent when its connection ended.
+pub(super) fn unknown(case: &Case<'_>) -> Vec<String> {
+    let mut found = Vec::new();
+    for row in &case.rows {
+        let (Some(at), Some(by)) = (row.disconnected_at, row.disconnected_by) else { continue };
+        let silence = if row.transport == "http" { longest_silence(case.agent) } else { TIMEOUT };
+        let time = by.since(at);
+        if time > silence + READ && !case.evidence.disturbed(None, at.before(TRACE), by.after(CLOCK)) {
+            found.push(format!(
+                "row {}: it is unknown for {time:?} when it ended, and nothing was wrong",
+                row.id
             ));
         }
     }

@@ -8,6 +8,8 @@ mod rows;
 mod spans;
 mod status;
 
+use std::time::Duration;
+
 use opamp_server::clock::Moment;
 
 use crate::bounds::READ;
@@ -37,14 +39,16 @@ pub(crate) struct Case<'a> {
 /// A rule: its name, by which it can be left out, and what it looks at.
 type Rule = (&'static str, fn(&Case<'_>) -> Vec<String>);
 
-const RULES: [Rule; 8] = [
+const RULES: [Rule; 10] = [
     ("shape", rows::shape),
+    ("record", rows::record),
     ("covered", rows::covered),
     ("away", rows::away),
     ("accused", status::accused),
     ("log", status::log),
     ("reasons", ends::reasons),
     ("seen", ends::seen),
+    ("unknown", ends::unknown),
     ("asked", ends::asked),
 ];
 
@@ -91,17 +95,32 @@ impl Evidence {
         }
     }
 
+    /// True where no node could admit anybody.
+    fn is_closed(&self, moment: Moment) -> bool {
+        (0..self.kind.nodes()).all(|node| {
+            self.windows
+                .iter()
+                .any(|window| window.closes() && window.is_of(node) && window.overlaps(moment, moment))
+        })
+    }
+
     /// The last moment up to `at` in which no node could admit anybody.
     fn last_closed(&self, at: Moment) -> Option<Moment> {
-        let is_closed = |moment: Moment| {
-            (0..self.kind.nodes()).all(|node| {
-                self.windows.iter().any(|window| {
-                    window.is_of(node) && window.from <= moment && window.to.is_none_or(|to| to >= moment)
-                })
-            })
-        };
         let ends = self.windows.iter().map(|window| window.to.map_or(at, |to| to.min(at)));
-        ends.filter(|end| is_closed(*end)).max()
+        ends.filter(|end| self.is_closed(*end)).max()
+    }
+
+    /// For how long between two moments some node could admit.
+    fn open_time(&self, from: Moment, to: Moment) -> Duration {
+        let turns = self.windows.iter().flat_map(|window| [Some(window.from), window.to]).flatten();
+        let mut turns: Vec<Moment> = turns.filter(|turn| from < *turn && *turn < to).collect();
+        turns.extend([from, to]);
+        turns.sort();
+        let open = turns.windows(2).filter(|turn| {
+            let length = turn[1].since(turn[0]);
+            !self.is_closed(turn[0].after(length / 2))
+        });
+        open.map(|turn| turn[1].since(turn[0])).sum()
     }
 }
 
@@ -114,3 +133,6 @@ impl Case<'_> {
         stays.find(|stay| stay.address == address && stay.hello <= row.connected_at.after(READ))
     }
 }
+
+#[cfg(test)]
+mod tests;

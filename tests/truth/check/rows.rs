@@ -17,6 +17,11 @@ pub(super) fn shape(case: &Case<'_>) -> Vec<String> {
         if !ordered || row.disconnected_at.is_some() != row.disconnect_reason.is_some() {
             found.push(format!("row {} is not in order: {row:?}", row.id));
         }
+        let lasted = row.disconnected_at.map(|end| end.since(row.connected_at).as_secs());
+        if row.seconds.map(i64::unsigned_abs) != lasted || (row.transport == "http") != row.node_id.is_none()
+        {
+            found.push(format!("row {} does not fit together: {row:?}", row.id));
+        }
     }
     for pair in case.rows.windows(2) {
         match pair[0].disconnected_at {
@@ -34,6 +39,26 @@ pub(super) fn shape(case: &Case<'_>) -> Vec<String> {
         }
     }
     found
+}
+
+/// The agent's own record says what its rows and its changes of status say.
+pub(super) fn record(case: &Case<'_>) -> Vec<String> {
+    let id = case.agent.uid.as_uuid();
+    let Some(agent) = case.evidence.books.agents.iter().find(|agent| agent.id == id) else {
+        return case.rows.iter().map(|row| format!("row {} is of nobody", row.id)).collect();
+    };
+    let open = case.rows.iter().find(|row| row.disconnected_at.is_none());
+    let closed = case.rows.iter().rev().find(|row| row.disconnected_at.is_some());
+    let status = case.changes.last().map(|change| &*change.to_status);
+    let fits = [
+        ("connection", agent.connection_id == open.map(|row| row.id)),
+        ("beginning", agent.last_connected_at == case.rows.last().map(|row| row.connected_at)),
+        ("end", agent.last_disconnected_at == closed.and_then(|row| row.disconnected_at)),
+        ("reason", agent.disconnect_reason == closed.and_then(|row| row.disconnect_reason.clone())),
+        ("status", Some(&*agent.status) == status),
+    ];
+    let wrong = fits.iter().filter(|(_, fits)| !fits);
+    wrong.map(|(what, _)| format!("its record says another {what} than its rows: {agent:?}")).collect()
 }
 
 /// Whenever the agent was connected beyond doubt, a row says so, or says that it is not known.

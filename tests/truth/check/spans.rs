@@ -74,7 +74,16 @@ impl Case<'_> {
         let first = self.agent.stays.first().map_or(self.evidence.now, |stay| stay.hello);
         let mut spans = vec![Span { from: Moment::from_micros(0), to: first }];
         for (index, stay) in self.agent.stays.iter().enumerate() {
-            let next = self.agent.stays.get(index + 1);
+            let mut later = self.agent.stays.iter().skip(index + 1);
+            let next = later.clone().next();
+            // Who polls may try a WebSocket in vain and poll on.
+            let polls_before =
+                || self.agent.stays[..index].iter().rev().find(|stay| !stay.exchanges.is_empty());
+            if stay.exchanges.is_empty() && polls_before().is_some_and(|before| before.way == Way::Http) {
+                continue;
+            }
+            let answered = later.find(|stay| stay.way == Way::Http || !stay.exchanges.is_empty());
+            let next = if stay.way == Way::Http { answered } else { next };
             let Some(from) = self.gone_for_good(stay, next) else { continue };
             let to = next.map_or(self.evidence.now, |next| next.hello);
             if from < to {
@@ -95,7 +104,7 @@ impl Case<'_> {
             (_, End::Close | End::Finish | End::Reset) => Some(self.evidence.read_by(*ended, &lag)),
             (_, End::Impatience) => Some(self.evidence.read_by(gone, &lag)),
             // What was sent last may be read as late as a server is stopped: it proves the agent then.
-            (Way::WebSocket, End::Silence) => {
+            (_, End::Abandon) | (Way::WebSocket, End::Silence) => {
                 Some(self.evidence.read_by(stay.last_sent, &[Trouble::Lag, Trouble::Stopped]))
             }
             (Way::Http, End::Silence) => {

@@ -46,7 +46,9 @@ fn wrongly(case: &Case<'_>, change: &Change) -> Option<String> {
 fn wrongly_after(case: &Case<'_>, stay: &Stay, at: Moment) -> Option<String> {
     let ended = stay.ended.as_ref().filter(|(ended, _)| *ended <= at.after(CLOCK));
     match ended {
-        Some((_, End::Silence)) => too_early(stay, at).then(|| "before its deadline".to_owned()),
+        Some((_, End::Silence | End::Abandon)) => {
+            too_early(stay, at).then(|| "before its deadline".to_owned())
+        }
         Some((_, end)) if end.is_own() || *end == End::Impatience => None,
         _ if is_late(case, stay) || stay.farewell || is_unheard(case, stay, at) => None,
         _ => in_vain(case, stay, ended.map(|(ended, _)| *ended), at),
@@ -71,11 +73,7 @@ fn is_late(case: &Case<'_>, stay: &Stay) -> bool {
 /// True for a poller that nobody heard for its time although somebody listened: its polls went where nobody did.
 fn is_unheard(case: &Case<'_>, stay: &Stay, at: Moment) -> bool {
     let heard = stay.exchanges.iter().map(|exchange| exchange.answered).take_while(|heard| *heard <= at);
-    heard.last().is_some_and(|heard| {
-        stay.way == Way::Http
-            && at.since(heard) >= EARLIEST
-            && case.evidence.last_closed(at).is_none_or(|closed| closed <= heard)
-    })
+    stay.way == Way::Http && heard.last().is_some_and(|heard| case.evidence.open_time(heard, at) >= EARLIEST)
 }
 
 /// Why the verdict on an agent that did not leave is wrong.
