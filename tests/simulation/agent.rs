@@ -509,6 +509,8 @@ impl Agent {
         self.name = format!("{}'", self.name);
         self.world.truth.name(uid, self.name.clone());
         let (marks, stays, said, number) = (self.marks, self.stays, self.marks, self.number);
+        // Its old uid is left to whoever else uses it.
+        self.world.truth.own(self.uid, |own| own.cloned = true);
         self.world.truth.own(uid, |own| {
             own.cloned = true;
             own.stays = stays;

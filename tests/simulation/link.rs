@@ -10,7 +10,7 @@ use opamp_server::agent::report::digest_of_bytes;
 use opamp_server::agent::{InstanceUid, Sender};
 use opamp_server::clock::Tick;
 use opamp_server::close::CloseReason;
-use opamp_server::history::{EndTicket, Noticed};
+use opamp_server::history::{EndTicket, Noticed, OpenConnection};
 use opamp_server::metrics::Refused;
 use opamp_server::proto::{AgentToServer, ServerToAgent};
 use opamp_server::pulse::Link;
@@ -326,10 +326,8 @@ impl LinkTask {
             reason = reason.or(ended);
             ended.is_none()
         });
-        if adrift {
-            self.curious = true;
-            self.note_company();
-        }
+        self.curious |= adrift;
+        self.note_company();
         match reason {
             Some(reason) if self.sessions.is_empty() => Err(End::Close(reason)),
             _ if self.is_lonely() && self.origin.link.is_dismissed() => {
@@ -416,10 +414,12 @@ pub(crate) async fn poll(
         let _gone = answer.send(Polled::Later);
         return;
     }
+    // What it says was true when it came.
+    let link = Arc::new(Link::heard_at(process.services.clock.tick()));
     let mut share = process.budget.small_share();
     share.cover_message(bytes.len(), 10).await;
     let inbound = Inbound::new(report, digest_of_bytes(&bytes), share);
-    let exchanged = exchanged(&process, inbound, peer).await;
+    let exchanged = exchanged(&process, inbound, peer, link).await;
     let polled = match exchanged.refusal {
         Some(Refusal::Unavailable { .. }) => Polled::Later,
         _ => Polled::Offer(Box::new(exchanged.offer)),
@@ -427,7 +427,12 @@ pub(crate) async fn poll(
     let _gone = answer.send(polled);
 }
 
-async fn exchanged(process: &Arc<Process>, mut inbound: Inbound, peer: SocketAddr) -> Exchanged {
+async fn exchanged(
+    process: &Arc<Process>,
+    mut inbound: Inbound,
+    peer: SocketAddr,
+    link: Arc<Link>,
+) -> Exchanged {
     let services = &process.services;
     let mut agent = match sender(services, &inbound.report) {
         Ok(Sender::Agent(agent)) => agent,
@@ -438,11 +443,7 @@ async fn exchanged(process: &Arc<Process>, mut inbound: Inbound, peer: SocketAdd
         let uid = inbound.report.instance_uid.clone();
         return reject(services, &uid, Refusal::Unavailable { retry_after_seconds: 30 });
     }
-    let origin = Origin {
-        transport: Transport::Http,
-        remote_addr: peer,
-        link: Arc::new(Link::heard_at(services.clock.tick())),
-    };
+    let origin = Origin { transport: Transport::Http, remote_addr: peer, link };
     loop {
         match seated(process, &origin, agent, &mut inbound).await {
             Exchange::Done(exchanged) => return *exchanged,
@@ -460,7 +461,8 @@ async fn seated(
     let services = &process.services;
     let seat = services.hub.seat(agent);
     let mut session = seat.lock().await;
-    let known = services.hub.get(agent).map(|connection| Arc::clone(&connection.link));
+    let polls = |connection: &Arc<OpenConnection>| connection.transport == Transport::Http;
+    let known = services.hub.get(agent).filter(polls).map(|connection| Arc::clone(&connection.link));
     let _to_the_known = known.map(|link| Attending::to(process, link));
     let _to_a_new = Attending::to(process, Arc::clone(&origin.link));
     let heard = services.clock.moment(origin.link.last_byte());
@@ -472,7 +474,7 @@ async fn seated(
     let exchange = exchange(services, &mut session, origin, agent, inbound).await;
     if let Exchange::Done(exchanged) = &exchange
         && exchanged.refusal.is_some()
-        && let Some(connection) = services.hub.get(agent)
+        && let Some(connection) = services.hub.get(agent).filter(polls)
     {
         connection.pulse.refused(origin.link.last_byte());
     }

@@ -434,9 +434,12 @@ impl Records {
             if agent.connection != Some(id) || seen.connection != id || seen.at > sighting.at {
                 continue;
             }
-            if seen.at < sighting.at {
-                seen.number = sighting.sequence_num;
-            }
+            // A save of the same moment has told the number already, or nobody has.
+            seen.number = if seen.at < sighting.at {
+                sighting.sequence_num
+            } else {
+                sighting.sequence_num.or(seen.number)
+            };
             (seen.at, seen.silence) = (sighting.at, sighting.poll_silence);
             self.touched.insert(sighting.agent);
             changed += 1;
@@ -545,8 +548,8 @@ impl Records {
         let unwatched = watched_until
             .map(|until| node.at.since(until))
             .filter(|unwatched| alone || *unwatched > node.lease);
+        self.postpone(node.at, node.return_time);
         if let Some(unwatched) = unwatched {
-            self.postpone(node.at, node.return_time);
             for agent in self.agents.values_mut() {
                 agent.stale_from = agent.stale_from.map(|from| from.after(unwatched));
             }
@@ -569,7 +572,7 @@ impl Records {
         for id in &lost {
             self.lose(*id, heir.at, heir.return_time);
         }
-        self.rename_fled(heir.node);
+        self.rename_fled(heir);
         lost.len() as u64
     }
 
@@ -644,11 +647,11 @@ impl Records {
     }
 
     /// Agents that were displaced since the last renewal of a node that was just lost had fled from it.
-    fn rename_fled(&mut self, by: Uuid) {
+    fn rename_fled(&mut self, heir: &Heir) {
         let lost: Vec<(Uuid, Moment)> = self
             .nodes
             .iter()
-            .filter(|row| row.ended_by == Some(by))
+            .filter(|row| row.ended_by == Some(heir.node) && row.ended_at == Some(heir.at))
             .map(|row| (row.id, row.renewed_at))
             .collect();
         for row in &mut self.rows {
