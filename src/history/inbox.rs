@@ -10,7 +10,7 @@ use super::OpenConnection;
 use crate::agent::InstanceUid;
 use crate::burden::Share;
 use crate::close::CloseReason;
-use crate::store::{StoreError, Write, Written};
+use crate::store::{AgentUpdate, StoreError, Write, Written};
 
 /// What the messages behind the writes of one commit may hold together: larger ones stand alone.
 const BATCH_BYTES: u64 = 64 << 20;
@@ -210,6 +210,7 @@ impl Inbox {
             }
             Some(_) => return,
         };
+        let update = AgentUpdate { kept: true, ..update };
         if let Some(share) = &mut share {
             // The message is gone, and nobody copies the documents while they wait.
             share.shrink(update.documents.size() as u64);
@@ -360,7 +361,7 @@ mod tests {
     use crate::agent::document::Documents;
     use crate::clock::{Moment, Tick};
     use crate::pulse::{Link, Pulse};
-    use crate::store::{AgentUpdate, ConnectionEnd, NewConnection, Transport};
+    use crate::store::{ConnectionEnd, NewConnection, Transport};
 
     fn uid(number: u8) -> InstanceUid {
         InstanceUid::from_bytes([number; 16])
@@ -400,6 +401,7 @@ mod tests {
             sequence_num: Some(2),
             capabilities: Capabilities(1),
             documents,
+            kept: false,
         };
         job(Write::UpdateAgent(Box::new(update)), Concern::Saves(Arc::clone(connection)))
     }

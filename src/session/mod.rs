@@ -331,6 +331,7 @@ impl Session {
             sequence_num: next.stored_number(),
             capabilities: next.capabilities(),
             documents: inbound.work(move |report| Documents::take(report, parts)).await,
+            kept: false,
         };
         match self.services.history.save(&self.connection, update, inbound.share.take()).await {
             // A change that is kept is answered as if it were stored: should the process crash before it is,

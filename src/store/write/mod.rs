@@ -77,6 +77,9 @@ pub struct AgentUpdate {
     pub capabilities: Capabilities,
     /// The parts that changed.
     pub documents: Documents,
+    /// True where it waited in memory while the store was away: it changes nothing where the agent was seen
+    /// later, because another node may have stored what is newer.
+    pub kept: bool,
 }
 
 impl AgentUpdate {

@@ -84,6 +84,7 @@ impl Serialize for UpdateRow<'_> {
         row.serialize_element(&self.update.documents.healthy)?;
         row.serialize_element(&self.update.documents.sync_revision)?;
         row.serialize_element(&self.update.documents.components_hash)?;
+        row.serialize_element(&self.update.kept)?;
         for document in self.documents {
             row.serialize_element(&document)?;
         }
@@ -91,7 +92,7 @@ impl Serialize for UpdateRow<'_> {
     }
 }
 
-const UPDATE_COLUMNS: [(&str, Column); 13 + DOCUMENTS.len()] = [
+const UPDATE_COLUMNS: [(&str, Column); 14 + DOCUMENTS.len()] = [
     ("agent", Column::Uuid),
     ("connection_id", Column::Integer),
     ("at", Column::Moment),
@@ -105,6 +106,7 @@ const UPDATE_COLUMNS: [(&str, Column); 13 + DOCUMENTS.len()] = [
     ("healthy", Column::Boolean),
     ("sync_revision", Column::Text),
     ("components_hash", Column::Text),
+    ("kept", Column::Boolean),
     (DOCUMENTS[0], Column::Json),
     (DOCUMENTS[1], Column::Json),
     (DOCUMENTS[2], Column::Json),
@@ -147,7 +149,10 @@ where
         let text = format!(
             "UPDATE agents AS a SET {}{described}
                  capabilities = r.capabilities, updated_at = {}(a.updated_at, r.at)
-             FROM {} r WHERE a.id = r.agent AND a.connection_id = r.connection_id RETURNING id",
+             FROM {} r WHERE a.id = r.agent AND a.connection_id = r.connection_id
+                 AND NOT (r.kept AND EXISTS (SELECT 1 FROM agent_liveness l
+                                             WHERE l.agent_id = a.id AND l.last_seen_at > r.at))
+             RETURNING id",
             kept.concat(),
             D::GREATEST,
             rows::<D>(&UPDATE_COLUMNS)

@@ -88,6 +88,7 @@ conformance! {
     updating {
         an_update_after_a_take_over_changes_nothing(store),
         an_update_after_an_end_changes_nothing(store),
+        a_kept_update_yields_to_a_newer_one(store),
         changed_parts_are_replaced_whole_and_absent_ones_stay(store),
         attributes_are_replaced_as_a_whole(database),
         odd_values_come_back_as_they_were(store),

@@ -150,6 +150,7 @@ pub(crate) fn report(opened: &Opened, agent: InstanceUid, at: Moment) -> AgentUp
         sequence_num: Some(1),
         capabilities: Capabilities(1),
         documents: Documents::default(),
+        kept: false,
     }
 }
 

@@ -31,6 +31,22 @@ pub(super) async fn an_update_after_a_take_over_changes_nothing(store: Arc<dyn S
     assert_eq!(detail(&store, 1).await, before);
 }
 
+/// What was kept in memory while the store was away yields to what another node has stored since.
+pub(super) async fn a_kept_update_yields_to_a_newer_one(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    let opened = node.open(uid(1), at(10)).await;
+    let mut newer = report(&opened, uid(1), at(20));
+    newer.documents.healthy = Some(true);
+    assert!(update(&store, newer).await);
+    let mut kept = report(&opened, uid(1), at(19));
+    (kept.documents.healthy, kept.kept) = (Some(false), true);
+    assert!(!update(&store, kept.clone()).await);
+    assert_eq!(row(&store, uid(1)).await.healthy, Some(true));
+    kept.at = at(20);
+    assert!(update(&store, kept).await, "nobody was heard since");
+    assert_eq!(row(&store, uid(1)).await.healthy, Some(false));
+}
+
 /// A connection that is ended stores nothing any more.
 pub(super) async fn an_update_after_an_end_changes_nothing(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;

@@ -250,7 +250,9 @@ impl Records {
 
     fn update(&mut self, update: &AgentUpdate) -> bool {
         let Some(agent) = self.agents.get_mut(&update.agent) else { return false };
-        if agent.connection != Some(update.connection_id) {
+        if agent.connection != Some(update.connection_id)
+            || update.kept && agent.seen.as_ref().is_some_and(|seen| seen.at > update.at)
+        {
             return false;
         }
         let documents = &update.documents;
