@@ -63,6 +63,7 @@ impl Lease {
         let mut ending = FuturesUnordered::new();
         loop {
             tokio::select! {
+                biased;
                 () = stop.cancelled() => return,
                 Some(()) = ending.next() => {}
                 _ = renewals.tick() => match self.renew(&mut watching).await {

@@ -58,6 +58,7 @@ impl Safety {
             let any = !(suspects.strays.is_empty() && suspects.missing.is_empty());
             let pause = if any { SOON.min(self.check_interval) } else { self.check_interval };
             tokio::select! {
+                biased;
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
                 () = self.services.outage.back() => {}

@@ -587,6 +587,7 @@ async fn anchor(services: Arc<Services>, stop: CancellationToken) {
     let clock = &services.clock;
     loop {
         tokio::select! {
+            biased;
             () = stop.cancelled() => return,
             () = tokio::time::sleep(ANCHOR_INTERVAL) => {}
             // A machine that was paused may have lost time that its monotonic clock does not know of.

@@ -50,6 +50,7 @@ impl Verdicts {
                 self.check_interval
             });
             tokio::select! {
+                biased;
                 () = stop.cancelled() => return,
                 () = tokio::time::sleep(pause) => {}
                 () = self.history.pending_verdict() => {}

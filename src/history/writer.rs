@@ -82,6 +82,7 @@ impl Writer {
                 return;
             } else {
                 tokio::select! {
+                    biased;
                     () = self.shared.arrived.notified() => {}
                     () = stop.cancelled() => {}
                 }

@@ -213,8 +213,9 @@ fn cause(own: &Own, contact: &Contact, end: &RowEnd, what: impl Fn() -> String, 
         CloseReason::AgentDisconnect => !own.farewells.is_empty(),
         CloseReason::ClosedByAgent => shown == Some(Shown::Close),
         CloseReason::ConnectionLost => matches!(shown, Some(Shown::Fin | Shown::Reset)),
-        CloseReason::InternalError
-        | CloseReason::ProtocolError
+        // The safety net: the answer to its opening was lost, and nobody spoke on it.
+        CloseReason::InternalError => contact.heard <= contact.opened,
+        CloseReason::ProtocolError
         | CloseReason::MessageTooLarge
         | CloseReason::SlowReader
         | CloseReason::UidRefused
