@@ -130,7 +130,11 @@ impl OpenConnection {
     /// What is proved by a sign of life that was read at `seen`: less, where nothing was read before.
     #[must_use]
     pub fn proof(&self, sight: &Sight, seen: Tick) -> Tick {
-        sight.proof(self.link.proof(seen))
+        match self.transport {
+            Transport::Websocket => sight.proof(self.link.proof(seen)),
+            // Each poll has a socket of its own, whose bytes are dated as they come.
+            Transport::Http => sight.proof(seen),
+        }
     }
 
     /// When it was last heard.
