@@ -398,6 +398,7 @@ mod tests {
             agent: connection.agent,
             connection_id: connection.id,
             at: Moment::from_micros(1),
+            read_at: Moment::from_micros(1),
             sequence_num: Some(2),
             capabilities: Capabilities(1),
             documents,

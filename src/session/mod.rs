@@ -328,6 +328,7 @@ impl Session {
             agent: self.connection.agent,
             connection_id: self.connection.id,
             at,
+            read_at: self.services.clock.moment(heard),
             sequence_num: next.stored_number(),
             capabilities: next.capabilities(),
             documents: inbound.work(move |report| Documents::take(report, parts)).await,

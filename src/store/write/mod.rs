@@ -69,8 +69,10 @@ pub struct AgentUpdate {
     pub agent: InstanceUid,
     /// The fence.
     pub connection_id: i64,
-    /// When it came.
+    /// When it came, as far as that is proved.
     pub at: Moment,
+    /// When it was read.
+    pub read_at: Moment,
     /// The number that the stored state now stands for; none while something may be missing.
     pub sequence_num: Option<u64>,
     /// The mask.
@@ -78,7 +80,7 @@ pub struct AgentUpdate {
     /// The parts that changed.
     pub documents: Documents,
     /// True where it waited in memory while the store was away: it changes nothing where the agent was seen
-    /// later, because another node may have stored what is newer.
+    /// after it was read, because another node may have stored what is newer.
     pub kept: bool,
 }
 
@@ -86,7 +88,12 @@ impl AgentUpdate {
     /// This update and a `newer` one of the same connection as one.
     #[must_use]
     pub fn followed_by(self, newer: Self) -> Self {
-        Self { at: self.at.max(newer.at), documents: self.documents.followed_by(newer.documents), ..newer }
+        Self {
+            at: self.at.max(newer.at),
+            read_at: self.read_at.max(newer.read_at),
+            documents: self.documents.followed_by(newer.documents),
+            ..newer
+        }
     }
 }
 

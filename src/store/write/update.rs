@@ -85,6 +85,7 @@ impl Serialize for UpdateRow<'_> {
         row.serialize_element(&self.update.documents.sync_revision)?;
         row.serialize_element(&self.update.documents.components_hash)?;
         row.serialize_element(&self.update.kept)?;
+        row.serialize_element(&self.update.read_at.as_micros())?;
         for document in self.documents {
             row.serialize_element(&document)?;
         }
@@ -92,7 +93,7 @@ impl Serialize for UpdateRow<'_> {
     }
 }
 
-const UPDATE_COLUMNS: [(&str, Column); 14 + DOCUMENTS.len()] = [
+const UPDATE_COLUMNS: [(&str, Column); 15 + DOCUMENTS.len()] = [
     ("agent", Column::Uuid),
     ("connection_id", Column::Integer),
     ("at", Column::Moment),
@@ -107,6 +108,7 @@ const UPDATE_COLUMNS: [(&str, Column); 14 + DOCUMENTS.len()] = [
     ("sync_revision", Column::Text),
     ("components_hash", Column::Text),
     ("kept", Column::Boolean),
+    ("read_at", Column::Moment),
     (DOCUMENTS[0], Column::Json),
     (DOCUMENTS[1], Column::Json),
     (DOCUMENTS[2], Column::Json),
@@ -151,7 +153,7 @@ where
                  capabilities = r.capabilities, updated_at = {}(a.updated_at, r.at)
              FROM {} r WHERE a.id = r.agent AND a.connection_id = r.connection_id
                  AND NOT (r.kept AND EXISTS (SELECT 1 FROM agent_liveness l
-                                             WHERE l.agent_id = a.id AND l.last_seen_at > r.at))
+                                             WHERE l.agent_id = a.id AND l.last_seen_at > r.read_at))
              RETURNING id",
             kept.concat(),
             D::GREATEST,

@@ -147,6 +147,7 @@ pub(crate) fn report(opened: &Opened, agent: InstanceUid, at: Moment) -> AgentUp
         agent,
         connection_id: opened.connection_id,
         at,
+        read_at: at,
         sequence_num: Some(1),
         capabilities: Capabilities(1),
         documents: Documents::default(),

@@ -42,7 +42,7 @@ pub(super) async fn a_kept_update_yields_to_a_newer_one(store: Arc<dyn Store>) {
     (kept.documents.healthy, kept.kept) = (Some(false), true);
     assert!(!update(&store, kept.clone()).await);
     assert_eq!(row(&store, uid(1)).await.healthy, Some(true));
-    kept.at = at(20);
+    kept.read_at = at(20);
     assert!(update(&store, kept).await, "nobody was heard since");
     assert_eq!(row(&store, uid(1)).await.healthy, Some(false));
 }

@@ -251,7 +251,7 @@ impl Records {
     fn update(&mut self, update: &AgentUpdate) -> bool {
         let Some(agent) = self.agents.get_mut(&update.agent) else { return false };
         if agent.connection != Some(update.connection_id)
-            || update.kept && agent.seen.as_ref().is_some_and(|seen| seen.at > update.at)
+            || update.kept && agent.seen.as_ref().is_some_and(|seen| seen.at > update.read_at)
         {
             return false;
         }
