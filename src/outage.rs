@@ -86,12 +86,23 @@ impl Outage {
         // A writer that has nothing to write cannot tell itself.
         let idle = if self.idle.load(Ordering::Relaxed) { Witness::Writer as u8 } else { 0 };
         // Who writes more speaks for who writes less, never the other way round.
-        let cleared = idle
-            | match witness {
+        self.clear(
+            idle | match witness {
                 Witness::Writer => u8::MAX,
                 Witness::Flush => Witness::Flush as u8 | Witness::Lease as u8,
                 Witness::Lease => Witness::Lease as u8,
-            };
+            },
+        );
+    }
+
+    /// Notes that a witness has nothing to write any more, and so nothing to say: the others tell.
+    pub fn withdraw(&self, witness: Witness) {
+        if self.is_away() {
+            self.clear(witness as u8);
+        }
+    }
+
+    fn clear(&self, cleared: u8) {
         let before = self.away.fetch_and(!cleared, Ordering::Relaxed);
         if before != 0 && before & !cleared == 0 {
             tracing::info!("the store is back");
@@ -120,5 +131,10 @@ mod tests {
         outage.failed(Witness::Lease, "a renewal", &StoreError::Conflict);
         outage.written(Witness::Writer);
         assert!(!outage.is_away(), "the next renewal will be done");
+        outage.failed(Witness::Flush, "a flush", &StoreError::Conflict);
+        outage.written(Witness::Lease);
+        assert!(outage.is_away(), "renewals are not signs of life");
+        outage.withdraw(Witness::Flush);
+        assert!(!outage.is_away(), "there are none left to write");
     }
 }

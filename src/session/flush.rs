@@ -41,6 +41,7 @@ async fn flush(services: &Services) {
         }
     }
     if sightings.is_empty() {
+        services.outage.withdraw(Witness::Flush);
         return;
     }
     match services.store.update_last_seen(&sightings).await {
