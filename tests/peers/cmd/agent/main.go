@@ -92,9 +92,9 @@ func buildEvent() (event.Event, error) {
 	if !ok {
 		return event.Event{}, errors.New("this binary carries no build information")
 	}
-	at := slices.IndexFunc(info.Deps, func(m *debug.Module) bool { return m.Path == event.Library })
+	at := slices.IndexFunc(info.Deps, func(m *debug.Module) bool { return m.Path == event.ClientModule })
 	if at < 0 {
-		return event.Event{}, fmt.Errorf("this binary was built without %s", event.Library)
+		return event.Event{}, fmt.Errorf("this binary was built without %s", event.ClientModule)
 	}
 	module := info.Deps[at]
 	replaced := module.Replace != nil

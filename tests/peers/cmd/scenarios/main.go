@@ -95,7 +95,7 @@ func checkBuild(p programs) error {
 		return err
 	}
 	switch {
-	case built.Event != event.Build || built.Module != event.Library:
+	case built.Event != event.Build || built.Module != event.ClientModule:
 		return fmt.Errorf("it says %s", output)
 	case built.Replaced == nil || *built.Replaced:
 		return errors.New("the library is replaced")

@@ -3,8 +3,8 @@ package event
 
 import "time"
 
-// Library is the module whose client is under test; the agent names the version it was linked with.
-const Library = "github.com/open-telemetry/opamp-go"
+// ClientModule is the module whose client is under test; the agent names the version it was linked with.
+const ClientModule = "github.com/open-telemetry/opamp-go"
 
 // Kinds of events. Those marked "wire" were read from the bytes of the connection itself, the others come from the library.
 const (
