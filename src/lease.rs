@@ -21,7 +21,7 @@ use crate::history::History;
 use crate::metrics::Metrics;
 use crate::outage::{Outage, Witness};
 use crate::peers::Peers;
-use crate::store::{Heir, Peer, Store, StoreError};
+use crate::store::{Peer, Store, StoreError};
 
 /// Holds the lease of one node, and watches those of the others.
 pub struct Lease {
@@ -107,14 +107,7 @@ impl Lease {
 
     /// Ends a lost node and what it left open.
     async fn end(&self, lost: Peer) {
-        let expected = self.history.expected();
-        let heir = Heir {
-            node: self.node_id,
-            at: self.history.now(),
-            return_time: expected.return_time(),
-            first_poll: expected.first_poll(),
-        };
-        match self.store.end_lost_node(&lost, &heir).await {
+        match self.store.end_lost_node(&lost, &self.history.heir()).await {
             Ok(None) => {}
             Ok(Some(connections)) => {
                 self.metrics.connections_ended.of(CloseReason::ServerLost).increment(connections);

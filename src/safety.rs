@@ -17,7 +17,7 @@ use crate::close::CloseReason;
 use crate::history::OpenConnection;
 use crate::pulse::{Link, Pulse};
 use crate::session::Services;
-use crate::store::{Heir, Held, PolledConnection, StoreError, Transport};
+use crate::store::{Held, PolledConnection, StoreError, Transport};
 
 /// How many connections are opened again in one look: agents report their full state for it.
 const REOPENED: usize = 500;
@@ -111,14 +111,7 @@ impl Safety {
         let unheard = polled.into_iter().filter(|row| !here.contains(&row.id) && self.is_unheard(row));
         watch_polls(services, &unheard.collect::<Vec<_>>()).await;
 
-        let expected = services.history.expected();
-        let heir = Heir {
-            node: self.node_id,
-            at: services.history.now(),
-            return_time: expected.return_time(),
-            first_poll: expected.first_poll(),
-        };
-        let ended = services.store.end_strays(&heir).await?;
+        let ended = services.store.end_strays(&services.history.heir()).await?;
         services.metrics.connections_ended.of(CloseReason::ServerLost).increment(ended);
         if ended > 0 {
             tracing::warn!(

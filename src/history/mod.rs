@@ -25,7 +25,7 @@ use crate::outage::Outage;
 use crate::pulse::{Expectations, Link, Pulse};
 use crate::sight::Sight;
 use crate::store::{
-    AgentUpdate, ConnectionEnd, Ended, Held, NewConnection, Older, Opened, Rival, Store, StoreError,
+    AgentUpdate, ConnectionEnd, Ended, Heir, Held, NewConnection, Older, Opened, Rival, Store, StoreError,
     Transport, Write, Written,
 };
 use inbox::{AtWork, Concern, Inbox, Job, Reply};
@@ -481,6 +481,18 @@ impl History {
     #[must_use]
     pub fn expected(&self) -> &Expectations {
         &self.shared.expected
+    }
+
+    /// This node as the one that ends, at this moment, what others left open.
+    #[must_use]
+    pub fn heir(&self) -> Heir {
+        let expected = self.expected();
+        Heir {
+            node: self.shared.node_id,
+            at: self.now(),
+            return_time: expected.return_time(),
+            first_poll: expected.first_poll(),
+        }
     }
 
     /// The present moment.

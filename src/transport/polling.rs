@@ -62,11 +62,7 @@ pub(super) async fn poll(
     let link = Arc::new(Link::default());
     let body = match read(body, limits.max_message_size, &mut share).await {
         Ok(body) => body,
-        Err(Unread::Crowded) => return crowded(services),
-        Err(unread) => {
-            services.metrics.decode_failures.of(unread.cause()).increment(1);
-            return unread.answer(limits.max_message_size);
-        }
+        Err(unread) => return unread.refuse(services, limits.max_message_size),
     };
     // What it says was true when it came, however long it waits for memory and for the store.
     link.heard(services.clock.tick(), 0);
@@ -215,20 +211,21 @@ enum Unread {
 }
 
 impl Unread {
-    fn cause(self) -> DecodeFailure {
-        match self {
-            Self::TooLarge => DecodeFailure::TooLarge,
-            Self::BrokenOff | Self::TooSlow | Self::Crowded => DecodeFailure::Unfinished,
-        }
-    }
-
-    fn answer(self, limit: usize) -> Answer {
-        match self {
-            Self::TooLarge => too_large(limit),
-            Self::BrokenOff => text(StatusCode::BAD_REQUEST, "the body broke off\n"),
-            Self::TooSlow => text(StatusCode::REQUEST_TIMEOUT, "the body did not come in time\n"),
-            Self::Crowded => come_back_later(),
-        }
+    /// Counts it and answers it.
+    fn refuse(self, services: &Services, limit: usize) -> Answer {
+        let (cause, answer) = match self {
+            Self::Crowded => return crowded(services),
+            Self::TooLarge => (DecodeFailure::TooLarge, too_large(limit)),
+            Self::BrokenOff => {
+                (DecodeFailure::Unfinished, text(StatusCode::BAD_REQUEST, "the body broke off\n"))
+            }
+            Self::TooSlow => {
+                let late = text(StatusCode::REQUEST_TIMEOUT, "the body did not come in time\n");
+                (DecodeFailure::Unfinished, late)
+            }
+        };
+        services.metrics.decode_failures.of(cause).increment(1);
+        answer
     }
 }
 
