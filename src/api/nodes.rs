@@ -106,10 +106,13 @@ async fn write_page(
     let (rows, mut text) = match step {
         Step::First(rows) => (rows, vec![b'[']),
         Step::After(last) => {
-            let rows = next_page(store.as_ref(), Some(last)).await.inspect_err(|error| {
+            let page = next_page(store.as_ref(), Some(last)).await;
+            if let Err(error) = &page {
                 tracing::warn!(%error, "a list of all agents was broken off");
-            })?;
-            (rows, Vec::new())
+                // An error drops what the HTTP connection has not sent; a pause lets it send the pages before.
+                tokio::task::yield_now().await;
+            }
+            (page?, Vec::new())
         }
         Step::Done => return Ok(None),
     };
