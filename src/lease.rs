@@ -65,21 +65,24 @@ impl Lease {
             tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
-                Some(()) = ending.next() => {}
-                _ = renewals.tick() => match self.renew(&mut watching).await {
-                    Ok(Some(lost)) => ending.extend(lost.into_iter().map(|peer| self.end(peer))),
-                    Ok(None) => {
-                        self.ended.cancel();
-                        // Who was ended ends nobody.
-                        drop(ending);
-                        stop.cancelled().await;
-                        return;
-                    }
-                    Err(error) => {
-                        watching.failed();
-                        self.outage.failed(Witness::Lease, "the renewal of the node's lease", &error);
-                    }
-                },
+                Some(()) = ending.next() => continue,
+                _ = renewals.tick() => {}
+                // Some write found the mark; it is read here.
+                () = self.history.node_ended() => {}
+            }
+            match self.renew(&mut watching).await {
+                Ok(Some(lost)) => ending.extend(lost.into_iter().map(|peer| self.end(peer))),
+                Ok(None) => {
+                    self.ended.cancel();
+                    // Who was ended ends nobody.
+                    drop(ending);
+                    stop.cancelled().await;
+                    return;
+                }
+                Err(error) => {
+                    watching.failed();
+                    self.outage.failed(Witness::Lease, "the renewal of the node's lease", &error);
+                }
             }
         }
     }
@@ -96,11 +99,11 @@ impl Lease {
         }
         let peers = self.store.list_peers(self.node_id).await?;
         let now = self.history.clock().tick();
-        if watching.misses_any(&peers) {
+        let (some, gone) = (!peers.is_empty(), watching.misses_any(&peers));
+        let lost = watching.renewed(now, peers);
+        if gone || !lost.is_empty() {
             self.peers.note_loss(now);
         }
-        let some = !peers.is_empty();
-        let lost = watching.renewed(now, peers);
         self.peers.note(some, !lost.is_empty() || watching.is_unsure(now));
         Ok(Some(lost))
     }

@@ -108,9 +108,10 @@ impl From<StoreError> for ApiError {
     fn from(error: StoreError) -> Self {
         tracing::warn!(%error, "an operator's request met a failure of the store");
         match error {
-            StoreError::Unavailable(_) | StoreError::Conflict | StoreError::Schema(_) => {
-                Self::StoreUnavailable
-            }
+            StoreError::Unavailable(_)
+            | StoreError::Conflict
+            | StoreError::NodeEnded
+            | StoreError::Schema(_) => Self::StoreUnavailable,
             StoreError::Corrupt(_) | StoreError::Rejected(_) => Self::Internal,
         }
     }

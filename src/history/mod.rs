@@ -230,6 +230,7 @@ struct Shared {
     successes: AtomicU64,
     arrived: Notify,
     pending_verdict: Notify,
+    node_ended: Notify,
     /// How many ends are not on record.
     unrecorded: watch::Sender<usize>,
 }
@@ -282,6 +283,7 @@ impl History {
             successes: AtomicU64::new(0),
             arrived: Notify::new(),
             pending_verdict: Notify::new(),
+            node_ended: Notify::new(),
             unrecorded: watch::Sender::new(0),
         });
         (Self { shared: Arc::clone(&shared) }, Writer::new(shared))
@@ -439,6 +441,11 @@ impl History {
     /// Waits until an end was written whose verdict is still pending.
     pub async fn pending_verdict(&self) {
         self.shared.pending_verdict.notified().await;
+    }
+
+    /// Waits until a write was refused because this node is marked as ended.
+    pub async fn node_ended(&self) {
+        self.shared.node_ended.notified().await;
     }
 
     fn push(&self, write: Write, concern: Concern, share: Option<Share>) -> oneshot::Receiver<Reply> {

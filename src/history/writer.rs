@@ -128,7 +128,14 @@ impl Writer {
 
     /// A batch was not written: it waits, or goes on by halves, those of `parts` that are left included.
     async fn failed(&mut self, mut batch: Vec<Job>, error: &StoreError, parts: &mut Vec<Vec<Job>>) {
-        if matches!(error, StoreError::Unavailable(_) | StoreError::Conflict | StoreError::Schema(_)) {
+        if matches!(error, StoreError::NodeEnded) {
+            // What it left was ended by who marked it.
+            parts.push(batch);
+            for job in parts.drain(..).flatten() {
+                self.give_up(job, error);
+            }
+            self.shared.node_ended.notify_one();
+        } else if matches!(error, StoreError::Unavailable(_) | StoreError::Conflict | StoreError::Schema(_)) {
             // What the store could not do in time, it may do in smaller pieces.
             self.limit = (batch.len() / 2).max(1);
             parts.push(batch);
@@ -146,6 +153,10 @@ impl Writer {
     fn refuse(&self, job: Job, error: &StoreError) {
         self.shared.metrics.store_failures.increment(1);
         tracing::warn!(agent_id = %job.write.agent(), %error, "the store refused a write");
+        self.give_up(job, error);
+    }
+
+    fn give_up(&self, job: Job, error: &StoreError) {
         if job.write.stage() == END {
             self.shared.unrecorded.send_modify(|ends| *ends -= 1);
         }

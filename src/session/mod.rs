@@ -137,6 +137,18 @@ pub struct Session {
     rival: Option<Box<Rival>>,
     /// True where its full state is needed and it was not asked yet: others were before it.
     owes_state: bool,
+    standing: Standing,
+}
+
+/// Whether a poller is still this node's: between its polls, another node may have taken over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Standing {
+    /// It missed none of its polls here since the store said so.
+    Sure,
+    /// It may have polled elsewhere; it came back within its time.
+    Unsure,
+    /// It was away for longer than that, and nobody could say so far.
+    Doubtful,
 }
 
 /// Whose conversation a first report opened.
@@ -182,35 +194,45 @@ impl Session {
         connection.note_sighting(opened.seen_at);
         let connection = Arc::new(connection);
         let services = Arc::clone(services);
-        let session =
-            Self { services, connection, state, answered: Answer::default(), rival: None, owes_state: false };
+        let session = Self {
+            services,
+            connection,
+            state,
+            answered: Answer::default(),
+            rival: None,
+            owes_state: false,
+            standing: Standing::Sure,
+        };
         session.services.hub.enter(&session.connection);
         session.services.watch.over(Arc::clone(&session.connection), Tick::default()).await;
         Ok(Opened::Session(session))
     }
 
     /// Makes sure that a poller which may have been at another node since its last poll here still has its row.
-    async fn make_sure(&self, heard: Tick) -> Result<(), Refusal> {
+    async fn make_sure(&mut self, heard: Tick) -> Result<(), Refusal> {
         let services = &self.services;
-        if self.connection.transport != Transport::Http
-            || !services.peers.are_there()
-            || !self.connection.pulse.missed_polls(heard)
-        {
+        let missed = self.connection.transport == Transport::Http
+            && services.peers.are_there()
+            && self.connection.pulse.missed_polls(heard);
+        if self.standing == Standing::Sure && !missed {
             return Ok(());
         }
         let away = services.outage.is_away();
         let open =
             if away { None } else { services.store.get_active_connection(self.connection.agent).await.ok() };
-        match open {
-            Some(open) if open.as_ref().is_none_or(|row| row.id != self.connection.id) => {
-                self.connection.abandon(CloseReason::Superseded);
-                Ok(())
+        self.standing = match open {
+            Some(row) => {
+                if row.is_none_or(|row| row.id != self.connection.id) {
+                    self.connection.abandon(CloseReason::Superseded);
+                }
+                Standing::Sure
             }
-            Some(_) => Ok(()),
-            // Nobody can say. Who comes within its time is answered; who was away for longer comes like a newcomer.
-            None if heard <= self.deadline() => Ok(()),
-            None => Err(unavailable()),
-        }
+            // A poll that is refused counts as a sign of life, and makes nothing sure.
+            None if self.standing == Standing::Doubtful || heard > self.deadline() => Standing::Doubtful,
+            None => Standing::Unsure,
+        };
+        // Who was away for longer than its time comes like a newcomer.
+        if self.standing == Standing::Doubtful { Err(unavailable()) } else { Ok(()) }
     }
 
     /// By when the agent was to be heard again.
@@ -556,6 +578,7 @@ fn refusal(services: &Services, error: &StoreError) -> Refusal {
         }
         StoreError::Unavailable(_)
         | StoreError::Conflict
+        | StoreError::NodeEnded
         | StoreError::Corrupt(_)
         | StoreError::Schema(_) => {
             services.note_refusal(Refused::Store);

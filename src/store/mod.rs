@@ -59,6 +59,9 @@ pub enum StoreError {
     /// Two writers met: do it again.
     #[error("two writers met in the store")]
     Conflict,
+    /// The node that writes is marked as ended: nothing of it is written any more.
+    #[error("another node took this one for lost")]
+    NodeEnded,
     /// A stored row cannot be read.
     #[error("unreadable data in the store: {0}")]
     Corrupt(String),

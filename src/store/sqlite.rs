@@ -53,6 +53,7 @@ pub(super) async fn connect(
     let unusable = |error| match failure::<Sqlite>(error) {
         StoreError::Unavailable(text) => StoreError::Unavailable(format!("cannot open {place}: {text}")),
         error @ (StoreError::Conflict
+        | StoreError::NodeEnded
         | StoreError::Corrupt(_)
         | StoreError::Rejected(_)
         | StoreError::Schema(_)) => error,

@@ -299,7 +299,7 @@ where
                 .await
                 .map_err(failure::<D>)?;
         if living.is_none() {
-            return Err(StoreError::Unavailable("another node took this one for lost".to_owned()));
+            return Err(StoreError::NodeEnded);
         }
         Ok(())
     }

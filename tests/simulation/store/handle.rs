@@ -187,14 +187,13 @@ impl AgentStore for Handle {
 impl ConnectionStore for Handle {
     async fn write(&self, batch: &[Write]) -> Result<Vec<Written>, StoreError> {
         let (batch, single) = (batch.to_vec(), self.database.single);
-        let lost = || StoreError::Unavailable("another node took this one for lost".to_owned());
         let truth = Arc::clone(&self.database.truth);
         let written = self.call(transacts("write", batch.len() as u64), move |records| {
             let written = (single || records.may_write(&batch)).then(|| records.write(&batch));
             tell(&truth, &batch, written.as_deref().unwrap_or_default());
             written
         });
-        written.await?.ok_or_else(lost)
+        written.await?.ok_or(StoreError::NodeEnded)
     }
 
     async fn get_active_connection(&self, agent: InstanceUid) -> Result<Option<ConnectionRow>, StoreError> {
