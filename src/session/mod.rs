@@ -386,10 +386,9 @@ impl Session {
             self.answered = Answer { ask_full_state: true, new_uid: Some(uid) };
             self.end(CloseReason::UidReassigned, Noticed::Concluded)
         };
-        if let Some(ticket) = ticket {
-            ticket.recorded().await;
-        }
-        Ok(())
+        let Some(ticket) = ticket else { return Ok(()) };
+        // None: it is not on record, and never will be by this node.
+        ticket.recorded().await.map(drop).ok_or_else(unavailable)
     }
 }
 

@@ -39,7 +39,7 @@ pub(crate) struct Case<'a> {
 /// A rule: its name, by which it can be left out, and what it looks at.
 type Rule = (&'static str, fn(&Case<'_>) -> Vec<String>);
 
-const RULES: [Rule; 10] = [
+const RULES: [Rule; 11] = [
     ("shape", rows::shape),
     ("record", rows::record),
     ("covered", rows::covered),
@@ -49,6 +49,7 @@ const RULES: [Rule; 10] = [
     ("reasons", ends::reasons),
     ("seen", ends::seen),
     ("unknown", ends::unknown),
+    ("inherited", ends::inherited),
     ("asked", ends::asked),
 ];
 

@@ -4,9 +4,9 @@ use opamp_server::clock::Moment;
 
 use super::Case;
 use super::spans::{Span, connected};
-use crate::bounds::{AFTERMATH, CLOCK};
+use crate::bounds::{AFTERMATH, CLOCK, EARLIEST};
 use crate::database::{Kind, Row};
-use crate::record::{Stay, Trouble};
+use crate::record::{Stay, Trouble, Way};
 
 /// Rows are whole, in order, do not overlap, and at most one is open.
 pub(super) fn shape(case: &Case<'_>) -> Vec<String> {
@@ -85,7 +85,7 @@ fn hole(case: &Case<'_>, stay: &Stay, span: Span) -> Option<Span> {
         let end = row.disconnected_by.or(row.disconnected_at).unwrap_or(case.evidence.now);
         if row.connected_at > reached.after(CLOCK) {
             let gap = Span { from: reached, to: row.connected_at.min(span.to) };
-            if gap.to > gap.from.after(CLOCK) && !taken_for_lost(case, stay, before, gap.to) {
+            if gap.to > gap.from.after(CLOCK) && !is_excused(case, stay, before, gap) {
                 return Some(gap);
             }
         }
@@ -98,7 +98,22 @@ fn hole(case: &Case<'_>, stay: &Stay, span: Span) -> Option<Span> {
         }
     }
     let rest = Span { from: reached, to: span.to };
-    (rest.to > rest.from.after(CLOCK) && !taken_for_lost(case, stay, before, rest.to)).then_some(rest)
+    (rest.to > rest.from.after(CLOCK) && !is_excused(case, stay, before, rest)).then_some(rest)
+}
+
+/// True where the server could not know better than that the agent was not connected after this row.
+fn is_excused(case: &Case<'_>, stay: &Stay, row: Option<&Row>, hole: Span) -> bool {
+    taken_for_lost(case, stay, row, hole.to) || stopped_between_polls(case, stay, row, hole)
+}
+
+/// The last node that lives ends polls when it stops; the next one may be up before the next poll.
+fn stopped_between_polls(case: &Case<'_>, stay: &Stay, row: Option<&Row>, hole: Span) -> bool {
+    stay.way == Way::Http
+        && row.is_some_and(|row| row.disconnect_reason.as_deref() == Some("server_shutdown"))
+        && hole.to.since(hole.from) < EARLIEST
+        && case.evidence.windows.iter().any(|window| {
+            window.trouble == Trouble::Terminated && window.overlaps(hole.from.before(CLOCK), hole.to)
+        })
 }
 
 /// A node that was stopped, or lost the database alone, is taken for lost by the other: its agents are unknown

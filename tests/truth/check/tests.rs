@@ -145,6 +145,24 @@ fn an_end_that_is_too_early_is_found() {
 }
 
 #[test]
+fn a_predecessor_that_was_forgotten_is_found() {
+    let left = |story: &mut Story| {
+        story.stay().ended = Some((at(10_000), End::Broken));
+        story.trouble(Trouble::Killed, 9_900, 10_000);
+        story.trouble(Trouble::Down, 10_000, 11_000);
+    };
+    let ended = |by: u64| {
+        broken(|story| {
+            left(story);
+            story.end(at(9_500), Some(at(by)), "server_lost");
+            story.evidence.books.changes[1].at = at(by + 8_000);
+        })
+    };
+    assert_eq!(ended(10_900), [""; 0]);
+    assert_eq!(ended(12_000), ["inherited"]);
+}
+
+#[test]
 fn an_open_row_of_nobody_is_found() {
     let found = broken(|story| {
         let row = &mut story.evidence.books.rows[0];
@@ -186,7 +204,10 @@ fn rows_that_overlap_are_found() {
 #[test]
 fn a_wrong_reason_is_found() {
     assert_eq!(broken(|story| story.end(at(10_003), None, "connection_lost")), ["reasons"]);
-    assert_eq!(broken(|story| story.end(at(9_000), Some(at(10_003)), "server_lost")), ["log", "reasons"]);
+    assert_eq!(
+        broken(|story| story.end(at(9_000), Some(at(10_003)), "server_lost")),
+        ["log", "reasons", "inherited"]
+    );
 }
 
 #[test]
