@@ -104,7 +104,7 @@ impl Lease {
         if gone || !lost.is_empty() {
             self.peers.note_loss(now);
         }
-        self.peers.note(some, !lost.is_empty() || watching.is_unsure(now));
+        self.peers.note(now, some, !lost.is_empty() || watching.is_unsure(now));
         Ok(Some(lost))
     }
 

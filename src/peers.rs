@@ -12,13 +12,16 @@ use crate::clock::Tick;
 pub struct Peers {
     some: AtomicBool,
     unsure: AtomicBool,
+    /// When they were seen last, in microseconds.
+    seen_at: AtomicU64,
     /// When the last one went, in microseconds; 0 = none did.
     lost_at: AtomicU64,
 }
 
 impl Peers {
-    /// Notes whether there are any, and whether one of them does not reach the store.
-    pub fn note(&self, some: bool, unsure: bool) {
+    /// Notes what was seen of them at `now`: whether there are any, and whether one of them does not reach the store.
+    pub fn note(&self, now: Tick, some: bool, unsure: bool) {
+        self.seen_at.store(now.as_micros(), Ordering::Relaxed);
         self.some.store(some, Ordering::Relaxed);
         self.unsure.store(unsure, Ordering::Relaxed);
     }
@@ -28,10 +31,11 @@ impl Peers {
         self.lost_at.store(now.as_micros().max(1), Ordering::Relaxed);
     }
 
-    /// True where there are others, on which polls may land.
+    /// True where there may be others, on which polls may land: there were, or nobody looked since this server sees
+    /// again, which it does since `resumed`.
     #[must_use]
-    pub fn are_there(&self) -> bool {
-        self.some.load(Ordering::Relaxed)
+    pub fn may_be_there(&self, resumed: Tick) -> bool {
+        self.some.load(Ordering::Relaxed) || Tick::from_micros(self.seen_at.load(Ordering::Relaxed)) < resumed
     }
 
     /// True while one of them may hear polls and not tell the store.

@@ -269,6 +269,12 @@ impl Pulse {
         self.with(|beat| beat.number.filter(|_| !beat.is_unsaved()))
     }
 
+    /// The number that the stored state stands for, and whether a change is unsaved, so that the one on record stands.
+    #[must_use]
+    pub fn stands(&self) -> (Option<u64>, bool) {
+        self.with(|beat| (beat.number, beat.is_unsaved()))
+    }
+
     /// Notes that a report came; `unsaved` where it changed something that has to be stored first.
     pub fn reported(&self, tick: Tick, unsaved: bool) {
         self.with(|beat| {

@@ -210,7 +210,7 @@ impl Inbox {
             }
             Some(_) => return,
         };
-        let update = AgentUpdate { kept: true, ..update };
+        let update = AgentUpdate { late: true, ..update };
         if let Some(share) = &mut share {
             // The message is gone, and nobody copies the documents while they wait.
             share.shrink(update.documents.size() as u64);
@@ -402,7 +402,8 @@ mod tests {
             sequence_num: Some(2),
             capabilities: Capabilities(1),
             documents,
-            kept: false,
+            late: false,
+            node_id: Uuid::nil(),
         };
         job(Write::UpdateAgent(Box::new(update)), Concern::Saves(Arc::clone(connection)))
     }
@@ -416,6 +417,7 @@ mod tests {
             disconnected_by: None,
             last_seen_at: Moment::from_micros(2),
             sequence_num: None,
+            unsaved: false,
             offline_at: None,
             unless_seen_after: None,
             node_id: Uuid::nil(),

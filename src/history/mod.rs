@@ -371,6 +371,7 @@ impl History {
         // Who lost its connection while newcomers are refused could not have kept it: nobody said good-bye.
         let server_caused = reason.cause() == Cause::Server
             || reason == CloseReason::ConnectionLost && sight.is_refusing(tick);
+        let (number, unsaved) = connection.pulse.stands();
         let end = ConnectionEnd {
             agent: connection.agent,
             connection_id: connection.id,
@@ -378,7 +379,8 @@ impl History {
             disconnected_at: if seen { now } else { last_seen_at },
             disconnected_by: (!seen).then_some(now),
             last_seen_at,
-            sequence_num: connection.pulse.number(),
+            sequence_num: number,
+            unsaved,
             offline_at: server_caused.then(|| now.after(self.shared.expected.return_time())),
             unless_seen_after: (noticed == Noticed::Unheard).then_some(last_seen_at.max(sighted)),
             node_id: self.shared.node_id,
@@ -399,6 +401,7 @@ impl History {
             disconnected_by: Some(now),
             last_seen_at: row.last_seen_at.min(now),
             sequence_num: None,
+            unsaved: false,
             offline_at: Some(now.after(self.shared.expected.return_time())),
             unless_seen_after: None,
             node_id: self.shared.node_id,
@@ -431,6 +434,12 @@ impl History {
         // The sender lives as long as this handle.
         let mut unrecorded = self.shared.unrecorded.subscribe();
         let _every_end = unrecorded.wait_for(|ends| *ends == 0).await;
+    }
+
+    /// This node.
+    #[must_use]
+    pub fn node_id(&self) -> Uuid {
+        self.shared.node_id
     }
 
     /// Tells that ends were written elsewhere whose verdicts are pending.

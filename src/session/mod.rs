@@ -182,10 +182,10 @@ impl Session {
             Opens::Connection(opened) => opened,
             Opens::Rival(rival) => return Ok(Opened::Rival(rival)),
         };
-        let displaced = opened.displaced.map(|displaced| displaced.connection_id);
-        if let Some(older) = older.filter(|older| displaced == Some(older.id)) {
+        let before = opened.displaced.map_or(opened.connection_id, |displaced| displaced.connection_id);
+        if let Some(older) = older.filter(|older| before == older.id) {
             // Signs of life that were not flushed yet: who continues them is not asked for full state.
-            opened.agent.sequence_num = older.pulse.number().or(opened.agent.sequence_num);
+            opened.agent.sequence_num = older.pulse.number().max(opened.agent.sequence_num);
         }
         let state = AgentState::restore(&opened.agent);
         let pulse = Pulse::resuming(heard, state.stored_number(), opened.poll_silence);
@@ -209,30 +209,35 @@ impl Session {
     }
 
     /// Makes sure that a poller which may have been at another node since its last poll here still has its row.
-    async fn make_sure(&mut self, heard: Tick) -> Result<(), Refusal> {
+    /// False where its row must be asked for anew: after so long, another node may be about to end it.
+    async fn make_sure(&mut self, heard: Tick) -> Result<bool, Refusal> {
         let services = &self.services;
         let missed = self.connection.transport == Transport::Http
-            && services.peers.are_there()
-            && self.connection.pulse.missed_polls(heard);
+            && self.connection.pulse.missed_polls(heard)
+            && services.peers.may_be_there(services.sight.resumed(services.clock.tick()));
         if self.standing == Standing::Sure && !missed {
-            return Ok(());
+            return Ok(true);
         }
-        let away = services.outage.is_away();
-        let open =
-            if away { None } else { services.store.get_active_connection(self.connection.agent).await.ok() };
-        self.standing = match open {
-            Some(row) => {
+        let late = self.standing == Standing::Doubtful || heard > self.deadline();
+        if services.outage.is_away() {
+            // A poll that is refused counts as a sign of life, and makes nothing sure.
+            self.standing = if late { Standing::Doubtful } else { Standing::Unsure };
+            // Who was away for longer than its time comes like a newcomer.
+            return if late { Err(unavailable()) } else { Ok(true) };
+        }
+        if late {
+            return Ok(false);
+        }
+        match services.store.get_active_connection(self.connection.agent).await {
+            Ok(row) => {
+                self.standing = Standing::Sure;
                 if row.is_none_or(|row| row.id != self.connection.id) {
                     self.connection.abandon(CloseReason::Superseded);
                 }
-                Standing::Sure
             }
-            // A poll that is refused counts as a sign of life, and makes nothing sure.
-            None if self.standing == Standing::Doubtful || heard > self.deadline() => Standing::Doubtful,
-            None => Standing::Unsure,
-        };
-        // Who was away for longer than its time comes like a newcomer.
-        if self.standing == Standing::Doubtful { Err(unavailable()) } else { Ok(()) }
+            Err(_) => self.standing = Standing::Unsure,
+        }
+        Ok(true)
     }
 
     /// By when the agent was to be heard again.
@@ -344,17 +349,21 @@ impl Session {
         parts: PartSet,
         heard: Tick,
     ) -> Result<(), Refusal> {
-        let at = self.services.clock.moment(self.connection.proof(&self.services.sight, heard));
+        let proof = self.connection.proof(&self.services.sight, heard);
+        let at = self.services.clock.moment(proof);
         self.connection.note_sighting(at);
+        // While this process was stopped, the poller may have told another node what is newer.
+        let late = self.connection.transport == Transport::Http && proof < heard;
         let update = AgentUpdate {
             agent: self.connection.agent,
             connection_id: self.connection.id,
             at,
-            read_at: self.services.clock.moment(heard),
+            read_at: if late { at } else { self.services.clock.moment(heard) },
             sequence_num: next.stored_number(),
             capabilities: next.capabilities(),
             documents: inbound.work(move |report| Documents::take(report, parts)).await,
-            kept: false,
+            late,
+            node_id: self.services.history.node_id(),
         };
         match self.services.history.save(&self.connection, update, inbound.share.take()).await {
             // A change that is kept is answered as if it were stored: should the process crash before it is,
@@ -446,15 +455,18 @@ pub async fn exchange(
     let heard = origin.link.last_byte();
     let sure = match slot {
         Some(session) => session.make_sure(heard).await,
-        None => Ok(()),
+        None => Ok(true),
     };
     slot.take_if(|session| session.connection.ended().is_some_and(|reason| may_return(origin, reason)));
-    let result = match slot {
-        _ if sure.is_err() => sure.map(|()| Taken::Answered(Answer::default())),
-        Some(session) if session.connection.ended().is_some() => Err(unavailable()),
-        None if services.closing.load(Ordering::Relaxed) => Err(unavailable()),
-        Some(session) => session.on_report(inbound, heard).await,
-        None => Box::pin(first_report(services, slot, origin, agent, inbound)).await,
+    let closing = services.closing.load(Ordering::Relaxed);
+    let result = match (slot.as_mut(), sure) {
+        (_, Err(refusal)) => Err(refusal),
+        (Some(session), _) if session.connection.ended().is_some() => Err(unavailable()),
+        (Some(session), Ok(true)) => session.on_report(inbound, heard).await,
+        (Some(_), Ok(false)) | (None, _) if closing => Err(unavailable()),
+        (Some(_), Ok(false)) | (None, _) => {
+            Box::pin(first_report(services, slot, origin, agent, inbound)).await
+        }
     };
     let report = &inbound.report;
     let ended = slot.as_ref().and_then(|session| session.connection.ended());

@@ -190,6 +190,7 @@ impl Plan {
             disconnected_by: Some(known),
             last_seen_at: proof,
             sequence_num: agent.sequence_num.map(i64::cast_unsigned),
+            unsaved: false,
             offline_at: None,
             unless_seen_after: None,
             node_id: deletion.node_id,

@@ -32,6 +32,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// How long anything may be on its way where no process is frozen.
 const SOON: Duration = Duration::from_secs(2);
 
+/// How long what overtook each other on two links of one agent may show: a poller speaks again only then.
+const LATER: Duration = Duration::from_mins(1);
+
 /// How an agent's stay on a link comes to its end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Ending {
@@ -427,7 +430,7 @@ impl Agent {
                 self.give_up_older();
                 self.older = Some((Arc::clone(process), Arc::clone(wire)));
                 self.home = self.rng.usize(0..self.world.places());
-                self.excuse_longer("it hopped", SOON);
+                self.excuse_longer("it hopped", LATER);
                 return Some(Duration::ZERO);
             }
             Ending::Freeze => {

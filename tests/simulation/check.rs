@@ -16,6 +16,9 @@ use crate::truth::{Contact, Inner, Own, Shown, Truth};
 /// How far a stored moment may be from the true one.
 const NEAR: Duration = Duration::from_millis(100);
 
+/// As `NEAR`, beside a stop: how far the looks by which a node notices one are apart, and as much again.
+const LOOK: Duration = Duration::from_millis(400);
+
 /// How late a node may read what has arrived and still call it seen.
 const PROMPT: Duration = Duration::from_millis(1_500);
 
@@ -171,7 +174,9 @@ fn ended(truth: &Inner, own: &Own, row: &Row, end: &RowEnd, expected: Expected, 
             let excused = !prompt
                 && (truth.troubled(until.before(lag), by)
                     || truth.froze(contact.process, until.before(lag), by));
-            if !excused && end.at.after(NEAR) < truth.proof(contact, until) {
+            // A stop is noticed by the look that comes late: it may have begun at any moment since the one before.
+            let slack = if truth.froze(contact.process, end.at, by) { LOOK } else { NEAR };
+            if !excused && end.at.after(slack) < truth.proof(contact, until) {
                 found.push((Rule::Proof, format!("ended before the last proof: {}", what())));
             }
         }
@@ -302,6 +307,10 @@ pub(crate) fn answered(process: &Process, uid: InstanceUid, id: i64, heard: Mome
     let Some(agent) = records.agents.get(&uid).filter(|_| !process.truth.own(uid, |own| own.cloned)) else {
         return;
     };
+    // Who was taken for lost keeps its links open and answers until it learns that.
+    if records.is_gone(Some(process.node_id)) {
+        return;
+    }
     let covers = |row: &&Row| {
         let lost = row.end.is_some_and(|end| end.reason == CloseReason::ServerLost && row.id == id);
         row.created_at <= heard.after(NEAR)

@@ -170,13 +170,22 @@ fn displacement(
     Some(RowEnd::new(row, reason, proof, Some(connected_at)))
 }
 
+/// When an agent was last seen, and the number that its stored state stands for.
+pub(in crate::store) struct Seen {
+    pub(in crate::store) agent: InstanceUid,
+    pub(in crate::store) at: Moment,
+    pub(in crate::store) number: Option<u64>,
+    /// The number on record stands.
+    pub(in crate::store) unsaved: bool,
+}
+
 /// What the ends of a batch make of the agents' rows.
 #[derive(Default)]
 pub(super) struct Effects {
     pub(super) rows: Vec<Value>,
     pub(super) agents: Vec<Value>,
     pub(super) log: Vec<Value>,
-    pub(super) sightings: Vec<(InstanceUid, Moment, Option<u64>)>,
+    pub(super) sightings: Vec<Seen>,
 }
 
 /// What the end of the connection that holds the fence makes of its agent.
@@ -208,7 +217,12 @@ pub(super) fn end_of_stay(
     let at = decided.known_at();
     let offline_at = end.offline_at.filter(|_| to == Status::Online);
     effects.log.extend(change.iter().map(|change| log_row(change, at, Some(end.node_id))));
-    effects.sightings.push((end.agent, end.last_seen_at, end.sequence_num));
+    effects.sightings.push(Seen {
+        agent: end.agent,
+        at: end.last_seen_at,
+        number: end.sequence_num,
+        unsaved: end.unsaved,
+    });
     effects.agents.push(json!([
         end.agent,
         to.label(),
@@ -223,7 +237,9 @@ pub(super) fn end_of_stay(
     agent.delete_ordered = false;
     agent.updated_at = agent.updated_at.max(at);
     agent.last_seen_at = agent.last_seen_at.max(Some(end.last_seen_at));
-    agent.sequence_num = stored_number(end.sequence_num);
+    if !end.unsaved {
+        agent.sequence_num = stored_number(end.sequence_num);
+    }
     change
 }
 

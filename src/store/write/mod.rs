@@ -26,7 +26,7 @@ use crate::agent::report::KnownAgent;
 use crate::agent::{Capabilities, InstanceUid};
 use crate::clock::Moment;
 use crate::close::CloseReason;
-use decide::{Arrival, Effects, Newcomer, RowEnd, end_of_stay, last_proof, welcome};
+use decide::{Arrival, Effects, Newcomer, RowEnd, Seen, end_of_stay, last_proof, welcome};
 pub(super) use decide::{LockedAgent, OpenRow};
 
 /// One write of a batch. Stages run in this order: updates, ends, openings.
@@ -51,6 +51,15 @@ impl Write {
         }
     }
 
+    /// The node that writes.
+    fn node(&self) -> Uuid {
+        match self {
+            Self::UpdateAgent(update) => update.node_id,
+            Self::UpdateConnection(end) => end.node_id,
+            Self::CreateConnection(new) => new.node_id,
+        }
+    }
+
     /// The stage in which it runs, from 0.
     #[must_use]
     pub fn stage(&self) -> u8 {
@@ -71,7 +80,7 @@ pub struct AgentUpdate {
     pub connection_id: i64,
     /// When it came, as far as that is proved.
     pub at: Moment,
-    /// When it was read.
+    /// When it was read; where that was after a stop of the process, when the stop began.
     pub read_at: Moment,
     /// The number that the stored state now stands for; none while something may be missing.
     pub sequence_num: Option<u64>,
@@ -79,9 +88,11 @@ pub struct AgentUpdate {
     pub capabilities: Capabilities,
     /// The parts that changed.
     pub documents: Documents,
-    /// True where it waited in memory while the store was away: it changes nothing where the agent was seen
-    /// after it was read, because another node may have stored what is newer.
-    pub kept: bool,
+    /// True where it waited in memory while the store was away, or on a socket while the process was stopped: it
+    /// changes nothing where the agent was seen after `read_at`, because another node may have stored what is newer.
+    pub late: bool,
+    /// The node that took it.
+    pub node_id: Uuid,
 }
 
 impl AgentUpdate {
@@ -114,6 +125,8 @@ pub struct ConnectionEnd {
     pub last_seen_at: Moment,
     /// The number that the stored state stands for.
     pub sequence_num: Option<u64>,
+    /// True where a change was on its way to the store: the number on record stands.
+    pub unsaved: bool,
     /// For an end that counts as the server's: when the agent goes offline unless it returns; none = at once.
     pub offline_at: Option<Moment>,
     /// For polls: changes nothing where the store saw the agent later than this.
@@ -282,15 +295,12 @@ where
     for<'q> Json<&'q Value>: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    /// Makes sure that the node which ends or opens connections is not marked as ended, nor will be before the commit.
+    /// Makes sure that the node which writes is not marked as ended, nor will be before the commit.
     ///
     /// Nodes are locked ahead of agents, by whoever ends one as well; renewals do not wait for it.
-    async fn hold_node(
-        tx: &mut Transaction<'_, D>,
-        ends: &[&ConnectionEnd],
-        news: &[&NewConnection],
-    ) -> Result<(), StoreError> {
-        let node = news.first().map(|new| new.node_id).or(ends.first().map(|end| end.node_id));
+    async fn hold_node(tx: &mut Transaction<'_, D>, writes: &[Write]) -> Result<(), StoreError> {
+        // A batch is of one node.
+        let node = writes.first().map(Write::node);
         let Some(node) = node.filter(|_| !D::SINGLE_NODE) else { return Ok(()) };
         let living: Option<(Uuid,)> =
             sqlx::query_as("SELECT id FROM nodes WHERE id = $1 AND ended_at IS NULL FOR KEY SHARE")
@@ -314,7 +324,7 @@ where
             }
         }
         let mut tx = self.begin().await?;
-        Self::hold_node(&mut tx, &ends, &news).await?;
+        Self::hold_node(&mut tx, writes).await?;
         Self::insert_agents(&mut tx, &news).await?;
         let ids: Vec<InstanceUid> = writes.iter().map(Write::agent).collect();
         Self::lock_agents(&mut tx, &ids).await?;
@@ -407,13 +417,20 @@ where
     /// Stores when agents were last seen and the numbers their stored state stands for, under the lock of their rows.
     pub(super) async fn update_liveness(
         tx: &mut Transaction<'_, D>,
-        seen: impl Iterator<Item = (InstanceUid, Moment, Option<u64>)> + Send,
+        seen: impl Iterator<Item = Seen> + Send,
     ) -> Result<(), StoreError> {
-        let values: Vec<Value> =
-            seen.map(|(agent, at, number)| json!([agent, at.as_micros(), stored_number(number)])).collect();
-        let columns = [("id", Column::Uuid), ("at", Column::Moment), ("number", Column::Integer)];
+        let values: Vec<Value> = seen
+            .map(|seen| json!([seen.agent, seen.at.as_micros(), stored_number(seen.number), seen.unsaved]))
+            .collect();
+        let columns = [
+            ("id", Column::Uuid),
+            ("at", Column::Moment),
+            ("number", Column::Integer),
+            ("unsaved", Column::Boolean),
+        ];
         let text = format!(
-            "UPDATE agent_liveness AS l SET last_seen_at = {}(l.last_seen_at, r.at), sequence_num = r.number
+            "UPDATE agent_liveness AS l SET last_seen_at = {}(l.last_seen_at, r.at),
+                 sequence_num = CASE WHEN r.unsaved THEN l.sequence_num ELSE r.number END
              FROM {} r WHERE l.agent_id = r.id",
             D::GREATEST,
             rows::<D>(&columns)

@@ -9,7 +9,7 @@ use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, Transaction, Type};
 use uuid::Uuid;
 
-use super::{AgentUpdate, LockedAgent, OpenRow};
+use super::{AgentUpdate, LockedAgent, OpenRow, Seen};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::store::StoreError;
@@ -84,7 +84,7 @@ impl Serialize for UpdateRow<'_> {
         row.serialize_element(&self.update.documents.healthy)?;
         row.serialize_element(&self.update.documents.sync_revision)?;
         row.serialize_element(&self.update.documents.components_hash)?;
-        row.serialize_element(&self.update.kept)?;
+        row.serialize_element(&self.update.late)?;
         row.serialize_element(&self.update.read_at.as_micros())?;
         for document in self.documents {
             row.serialize_element(&document)?;
@@ -107,7 +107,7 @@ const UPDATE_COLUMNS: [(&str, Column); 15 + DOCUMENTS.len()] = [
     ("healthy", Column::Boolean),
     ("sync_revision", Column::Text),
     ("components_hash", Column::Text),
-    ("kept", Column::Boolean),
+    ("late", Column::Boolean),
     ("read_at", Column::Moment),
     (DOCUMENTS[0], Column::Json),
     (DOCUMENTS[1], Column::Json),
@@ -152,7 +152,7 @@ where
             "UPDATE agents AS a SET {}{described}
                  capabilities = r.capabilities, updated_at = {}(a.updated_at, r.at)
              FROM {} r WHERE a.id = r.agent AND a.connection_id = r.connection_id
-                 AND NOT (r.kept AND EXISTS (SELECT 1 FROM agent_liveness l
+                 AND NOT (r.late AND EXISTS (SELECT 1 FROM agent_liveness l
                                              WHERE l.agent_id = a.id AND l.last_seen_at > r.read_at))
              RETURNING id",
             kept.concat(),
@@ -172,7 +172,13 @@ where
         let stored: Vec<InstanceUid> = stored.into_iter().map(|(id,)| id.into()).collect();
         let stored_updates: Vec<_> =
             updates.iter().copied().filter(|update| stored.contains(&update.agent)).collect();
-        Self::update_liveness(tx, stored_updates.iter().map(|u| (u.agent, u.at, u.sequence_num))).await?;
+        let seen = |update: &&AgentUpdate| Seen {
+            agent: update.agent,
+            at: update.at,
+            number: update.sequence_num,
+            unsaved: false,
+        };
+        Self::update_liveness(tx, stored_updates.iter().map(seen)).await?;
         Self::replace_attributes(tx, &stored_updates).await?;
         for update in stored_updates {
             Self::store_bulky(tx, update).await?;

@@ -9,7 +9,7 @@ use opamp_server::close::CloseReason;
 use opamp_server::store::{NewConnection, Opened, Sighting, Store, StoreError, Write, Written};
 use uuid::Uuid;
 
-use super::scene::{Node, assert_true_history, at, described, ended, opened, report, row, uid};
+use super::scene::{Node, assert_true_history, at, ended, opened, row, uid};
 use crate::harness::{Database, Kind, Raw};
 
 /// Agents that arrive together share a commit, and each gets its own row.
@@ -51,7 +51,7 @@ pub(super) async fn a_poisoned_batch_leaves_nothing_behind(database: &Database) 
     let before = (counts(&raw).await, store.get_agent(uid(1)).await);
     let unknown_node = NewConnection { node_id: Uuid::now_v7(), ..node.arrival(uid(3), at(20)) };
     let batch = [
-        Write::UpdateAgent(Box::new(described(&held, uid(1), at(20), &[("service.name", "edge")]))),
+        Write::UpdateAgent(Box::new(node.described(&held, uid(1), at(20), &[("service.name", "edge")]))),
         Write::CreateConnection(node.arrival(uid(2), at(20))),
         Write::CreateConnection(unknown_node),
     ];
@@ -89,10 +89,10 @@ pub(super) async fn answers_come_in_the_order_of_the_batch(store: Arc<dyn Store>
     let batch = [
         Write::CreateConnection(node.arrival(uid(1), at(30))),
         Write::UpdateConnection(node.end_of(&second, uid(2), CloseReason::ClosedByAgent, at(30))),
-        Write::UpdateAgent(Box::new(report(&second, uid(2), at(20)))),
+        Write::UpdateAgent(Box::new(node.report(&second, uid(2), at(20)))),
         Write::CreateConnection(node.arrival(uid(3), at(30))),
         Write::UpdateConnection(node.end_of(&first, uid(1), CloseReason::ConnectionLost, at(25))),
-        Write::UpdateAgent(Box::new(report(&first, uid(1), at(20)))),
+        Write::UpdateAgent(Box::new(node.report(&first, uid(1), at(20)))),
     ];
     let mut written = store.write(&batch).await.expect("the batch is written");
     assert!(matches!(written.pop(), Some(Written::Agent(true))), "updates come before ends");
@@ -136,7 +136,7 @@ async fn work(node: &Node, writer: i64) {
             Write::UpdateConnection(node.end_of(held, *agent, CloseReason::ConnectionLost, later))
         });
         let reports = agents.iter().zip(&held).map(|(agent, held)| {
-            Write::UpdateAgent(Box::new(described(held, *agent, later, &[("zone", "eu")])))
+            Write::UpdateAgent(Box::new(node.described(held, *agent, later, &[("zone", "eu")])))
         });
         write(node, reports.chain(ends).collect()).await;
     }

@@ -8,7 +8,7 @@ use opamp_server::config::Ephemeral;
 use opamp_server::store::{ConnectionEnd, Status, Store, Write};
 
 use super::scene::{
-    Node, RETURN_TIME, at, create, end, ended, history, only_row, report, row, status_log, uid, update,
+    Node, RETURN_TIME, at, create, end, ended, history, only_row, row, status_log, uid, update, write_one,
 };
 use crate::harness::Database;
 
@@ -163,11 +163,25 @@ pub(super) async fn an_end_that_was_not_seen_has_two_bounds(store: Arc<dyn Store
     assert_eq!((agent.status_since, agent.last_disconnected_at), (at(80), Some(at(20))));
 }
 
+/// An end that overtakes a change on its way leaves the number of the stored state as it stands.
+pub(super) async fn an_end_ahead_of_a_change_leaves_the_number(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    for (number, unsaved, left) in [(1, true, Some(1)), (2, false, None)] {
+        let opened = node.open(uid(number), at(10)).await;
+        update(&store, node.report(&opened, uid(number), at(12))).await;
+        let end = node.end_of(&opened, uid(number), CloseReason::ServerShutdown, at(20));
+        let end = ConnectionEnd { sequence_num: None, unsaved, ..end };
+        write_one(&store, Write::UpdateConnection(end)).await.expect("it ends");
+        let stored = store.get_agent(uid(number)).await.expect("the store answers").expect("it is on record");
+        assert_eq!(stored.sequence_num, left);
+    }
+}
+
 /// An end written twice is one end: the first one stands.
 pub(super) async fn an_end_done_again_changes_nothing(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
     let opened = node.open(uid(1), at(10)).await;
-    update(&store, report(&opened, uid(1), at(12))).await;
+    update(&store, node.report(&opened, uid(1), at(12))).await;
     node.end(&opened, uid(1), CloseReason::ClosedByAgent, at(20)).await;
     let before = (history(&store, uid(1)).await, store.get_agent(uid(1)).await);
     let again = node.end(&opened, uid(1), CloseReason::ServerShutdown, at(40)).await;

@@ -10,7 +10,7 @@ use opamp_server::store::{
     AgentFilter, AgentSummary, HistoryFilter, Page, PageRequest, Status, Store, Transport, Write,
 };
 
-use super::scene::{ALL, Node, at, create, delete, described, report, uid, update};
+use super::scene::{ALL, Node, at, create, delete, uid, update};
 use crate::harness::Database;
 
 /// The uids that a filter finds; the total must say the same.
@@ -37,7 +37,7 @@ async fn fleet(store: &Arc<dyn Store>) -> Node {
     delete(store, uid(5), at(6), false).await;
     for (number, healthy) in [(1, true), (2, false)] {
         let opened = node.open(uid(number), at(10)).await;
-        let mut change = report(&opened, uid(number), at(11));
+        let mut change = node.report(&opened, uid(number), at(11));
         change.documents.healthy = Some(healthy);
         update(store, change).await;
     }
@@ -89,7 +89,8 @@ pub(super) async fn a_list_is_narrowed_by_attributes(store: Arc<dyn Store>) {
     for (number, zone) in [(1, "eu"), (2, "eu"), (3, "us")] {
         let opened = node.open(uid(number), at(10)).await;
         let rank = number.to_string();
-        update(&store, described(&opened, uid(number), at(11), &[("zone", zone), ("rank", &rank)])).await;
+        update(&store, node.described(&opened, uid(number), at(11), &[("zone", zone), ("rank", &rank)]))
+            .await;
     }
     for (wanted, numbers) in [
         (vec![("zone", "eu")], vec![1, 2]),
@@ -115,7 +116,7 @@ async fn named(store: &Arc<dyn Store>, names: &[(u32, &str, &str)]) {
     for (number, name, host) in names {
         let opened = node.open(uid(*number), at(10)).await;
         let attributes = [("service.name", *name), ("host.name", *host)];
-        update(store, described(&opened, uid(*number), at(11), &attributes)).await;
+        update(store, node.described(&opened, uid(*number), at(11), &attributes)).await;
     }
 }
 
@@ -285,7 +286,7 @@ pub(super) async fn the_active_connection_is_the_open_row(store: Arc<dyn Store>)
     node.visit(uid(1), at(10), at(20)).await;
     assert_eq!(store.get_active_connection(uid(1)).await, Ok(None));
     let opened = node.open(uid(1), at(30)).await;
-    update(&store, report(&opened, uid(1), at(35))).await;
+    update(&store, node.report(&opened, uid(1), at(35))).await;
     node.open(uid(2), at(30)).await;
     let active = store.get_active_connection(uid(1)).await.expect("the store answers").expect("it is open");
     assert_eq!((active.id, active.agent_id), (opened.connection_id, uid(1)));

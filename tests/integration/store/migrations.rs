@@ -4,7 +4,7 @@ use opamp_server::close::CloseReason;
 use opamp_server::store::{self, Sighting, StoreError};
 use serde_json::json;
 
-use super::scene::{Node, at, create, described, history, row, uid, update};
+use super::scene::{Node, at, create, history, row, uid, update};
 use crate::harness::{Database, Raw};
 
 const TABLES: [&str; 7] = [
@@ -26,7 +26,7 @@ async fn inhabit(database: &Database) {
     store.assign_uid(uid(1), uid(2), at(11)).await.expect("a uid is assigned");
     node.end(&temporary, uid(1), CloseReason::UidReassigned, at(12)).await;
     let opened = node.open(uid(2), at(13)).await;
-    let mut change = described(&opened, uid(2), at(14), &[("service.name", "edge")]);
+    let mut change = node.described(&opened, uid(2), at(14), &[("service.name", "edge")]);
     change.documents.components_hash = Some("aa".to_owned());
     change.documents.components = Some(json!({ "receivers": {} }));
     assert!(update(&store, change).await);

@@ -83,6 +83,7 @@ conformance! {
         an_end_is_never_before_its_beginning(store),
         an_end_that_was_not_seen_has_two_bounds(store),
         an_end_done_again_changes_nothing(store),
+        an_end_ahead_of_a_change_leaves_the_number(store),
         a_temporary_uid_is_retired_by_its_end(store),
     }
     updating {

@@ -10,8 +10,8 @@ use opamp_server::store::{Heir, Held, NodeStart, Peer, Status, Store, StoreError
 use uuid::Uuid;
 
 use super::scene::{
-    Node, RETURN_TIME, assert_true_history, at, create, history, new_node, only_row, report, row, status_log,
-    uid, update, write_one,
+    Node, RETURN_TIME, assert_true_history, at, create, history, new_node, only_row, row, status_log, uid,
+    update, write_one,
 };
 use crate::harness::{Database, Kind};
 
@@ -20,7 +20,7 @@ pub(super) async fn a_restart_ends_what_the_crash_left_open(database: &Database)
     let (store, raw) = (database.open().await, database.raw().await);
     let crashed = Node::start(&store, "a", at(0)).await;
     let lost = crashed.open(uid(1), at(10)).await;
-    update(&store, report(&lost, uid(1), at(25))).await;
+    update(&store, crashed.report(&lost, uid(1), at(25))).await;
     crashed.visit(uid(2), at(10), at(20)).await;
     assert_eq!(store.renew_node(crashed.id, at(30)).await, Ok(true));
     let (node, found) = Node::start_as(&store, new_node("a", at(100))).await;
@@ -130,7 +130,7 @@ pub(super) async fn a_lost_node_is_ended_once(database: &Database) {
     let store = database.open().await;
     let lost = Node::start(&store, "a", at(0)).await;
     lost.open(uid(1), at(10)).await;
-    create(&store, lost.poll(uid(2), at(10))).await;
+    let polled = create(&store, lost.poll(uid(2), at(10))).await;
     let peer = Node::start(&store, "b", at(20)).await;
     let other = Node::start(&store, "c", at(20)).await;
     if database.kind() == Kind::Sqlite {
@@ -152,7 +152,13 @@ pub(super) async fn a_lost_node_is_ended_once(database: &Database) {
     assert_eq!((agent.status, agent.offline_at), (Status::Online, Some(at(50).after(RETURN_TIME))));
     assert_eq!(history(&store, uid(2)).await[0].disconnected_at, None, "polls belong to nobody");
     let late = write_one(&store, Write::CreateConnection(lost.arrival(uid(3), at(52)))).await;
-    assert!(matches!(late, Err(StoreError::Unavailable(_))), "who was ended opens nothing: {late:?}");
+    assert!(matches!(late, Err(StoreError::NodeEnded)), "who was ended opens nothing: {late:?}");
+    // The row goes on at another node, so the fence alone would let it pass.
+    let late = Write::UpdateAgent(Box::new(lost.report(&polled, uid(2), at(53))));
+    let late = write_one(&store, late).await;
+    assert!(matches!(late, Err(StoreError::NodeEnded)), "nor stores it what it read: {late:?}");
+    let told = Write::UpdateAgent(Box::new(peer.report(&polled, uid(2), at(54))));
+    assert!(write_one(&store, told).await.is_ok());
     let again = Peer { id: peer.id, renewed_at: at(20), ..seen };
     assert_eq!(store.end_lost_node(&again, &heir(&lost, 60)).await, Ok(None), "nor does it end anybody");
 }

@@ -11,8 +11,8 @@ use opamp_server::store::{
 use serde_json::json;
 
 use super::scene::{
-    Node, assert_true_history, at, create, delete, end, history, only_row, opened, report, row, status_log,
-    uid, update, write_one,
+    Node, assert_true_history, at, create, delete, end, history, only_row, opened, row, status_log, uid,
+    update, write_one,
 };
 use crate::harness::Database;
 
@@ -49,7 +49,7 @@ pub(super) async fn a_new_agent_gets_its_record_and_its_row_in_one_transaction(s
 pub(super) async fn a_known_agent_keeps_number_parts_and_capabilities(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
     let first = node.open(uid(1), at(1)).await;
-    let mut change = report(&first, uid(1), at(2));
+    let mut change = node.report(&first, uid(1), at(2));
     change.sequence_num = Some(41);
     change.capabilities = Capabilities(0x8000_0000_0000_1807);
     change.documents.health = Some(json!({ "healthy": true }));
@@ -68,7 +68,7 @@ pub(super) async fn a_known_agent_keeps_number_parts_and_capabilities(store: Arc
 pub(super) async fn a_newcomer_takes_over_at_once(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
     let older = node.open(uid(1), at(10)).await;
-    update(&store, report(&older, uid(1), at(15))).await;
+    update(&store, node.report(&older, uid(1), at(15))).await;
     let newer = node.open(uid(1), at(20)).await;
     let displaced = Displaced {
         connection_id: older.connection_id,
@@ -117,7 +117,7 @@ pub(super) async fn a_late_end_of_a_displaced_connection_changes_nothing(databas
     let node = Node::start(&store, "a", at(0)).await;
     let older = node.open(uid(1), at(10)).await;
     let newer = node.open(uid(1), at(20)).await;
-    update(&store, report(&newer, uid(1), at(21))).await;
+    update(&store, node.report(&newer, uid(1), at(21))).await;
     let before =
         (history(&store, uid(1)).await, store.get_agent(uid(1)).await, status_log(&raw, uid(1)).await);
     for reason in [CloseReason::ConnectionLost, CloseReason::ServerShutdown, CloseReason::UidReassigned] {
@@ -215,7 +215,7 @@ pub(super) async fn an_opening_sees_what_was_committed_while_it_waited(database:
     let (store, raw) = (database.open().await, database.raw().await);
     let node = Node::start(&store, "a", at(0)).await;
     let older = node.open(uid(1), at(10)).await;
-    update(&store, report(&older, uid(1), at(11))).await;
+    update(&store, node.report(&older, uid(1), at(11))).await;
     let agent = raw.literal(uid(1));
     let seen = raw.moment(at(20));
     let holder = raw
@@ -243,11 +243,11 @@ pub(super) async fn an_opening_sees_what_was_committed_while_it_waited(database:
 pub(super) async fn who_continues_the_displaced_numbers_is_another_agent(store: Arc<dyn Store>) {
     let (a, b) = (Node::start(&store, "a", at(0)).await, Node::start(&store, "b", at(0)).await);
     let first = a.open(uid(1), at(10)).await;
-    let mut said = report(&first, uid(1), at(11));
+    let mut said = a.report(&first, uid(1), at(11));
     said.sequence_num = Some(100);
     update(&store, said).await;
     let present = b.open(uid(1), at(20)).await;
-    let mut said = report(&present, uid(1), at(21));
+    let mut said = b.report(&present, uid(1), at(21));
     said.sequence_num = Some(5);
     update(&store, said).await;
     let returning =
@@ -277,7 +277,7 @@ pub(super) async fn near_numbers_prove_nothing_before_the_third_displacement(sto
     let mut seconds = 10;
     for number in [0_u64, 0, 1, 1] {
         let opened = create(&store, arrive(number, seconds)).await;
-        let mut said = report(&opened, uid(1), at(seconds + 1));
+        let mut said = node.report(&opened, uid(1), at(seconds + 1));
         said.sequence_num = Some(number);
         update(&store, said).await;
         seconds += 2;

@@ -11,7 +11,7 @@ use opamp_server::store::{
 use crate::harness::Database;
 
 use super::scene::{
-    Node, assert_true_history, at, create, end, history, new_node, only_row, report, row, uid, update,
+    Node, assert_true_history, at, create, end, history, new_node, only_row, row, uid, update,
 };
 
 /// A poll of an agent that was seen in time goes on with its row: no new row, no displacement, the same beginning.
@@ -71,7 +71,7 @@ pub(super) async fn a_poll_at_another_node_goes_on_with_the_row(store: Arc<dyn S
     let first = create(&store, a.poll(uid(1), at(10))).await;
     let next = create(&store, b.poll(uid(1), at(40))).await;
     assert_eq!(next.connection_id, first.connection_id);
-    assert!(update(&store, report(&next, uid(1), at(40))).await);
+    assert!(update(&store, b.report(&next, uid(1), at(40))).await);
     let ended = a.end(&first, uid(1), CloseReason::AgentDisconnect, at(50)).await;
     assert_eq!(ended.duration_seconds, Some(40));
     assert_eq!(row(&store, uid(1)).await.status, Status::Offline);
@@ -159,7 +159,7 @@ pub(super) async fn polled_connections_are_listed(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
     assert_eq!(store.list_polled_connections().await, Ok(Vec::new()));
     let open = create(&store, node.poll(uid(1), at(10))).await;
-    let mut seen = report(&open, uid(1), at(15));
+    let mut seen = node.report(&open, uid(1), at(15));
     seen.sequence_num = Some(4);
     update(&store, seen).await;
     let left = create(&store, node.poll(uid(2), at(10))).await;

@@ -95,6 +95,34 @@ impl Node {
         }
     }
 
+    /// A report with nothing but its number.
+    pub(crate) fn report(&self, opened: &Opened, agent: InstanceUid, at: Moment) -> AgentUpdate {
+        AgentUpdate {
+            agent,
+            connection_id: opened.connection_id,
+            at,
+            read_at: at,
+            sequence_num: Some(1),
+            capabilities: Capabilities(1),
+            documents: Documents::default(),
+            late: false,
+            node_id: self.id,
+        }
+    }
+
+    /// A report with a description of these attributes.
+    pub(crate) fn described(
+        &self,
+        opened: &Opened,
+        agent: InstanceUid,
+        at: Moment,
+        attributes: &[(&str, &str)],
+    ) -> AgentUpdate {
+        let mut update = self.report(opened, agent, at);
+        update.documents.description = Some(description(attributes));
+        update
+    }
+
     /// An end that was seen.
     pub(crate) fn end_of(
         &self,
@@ -111,6 +139,7 @@ impl Node {
             disconnected_by: None,
             last_seen_at: at,
             sequence_num: None,
+            unsaved: false,
             offline_at: (reason.cause() == Cause::Server).then(|| at.after(RETURN_TIME)),
             unless_seen_after: None,
             node_id: self.id,
@@ -139,32 +168,6 @@ impl Node {
         self.end(&opened, agent, CloseReason::ClosedByAgent, to).await;
         opened
     }
-}
-
-/// A report with nothing but its number.
-pub(crate) fn report(opened: &Opened, agent: InstanceUid, at: Moment) -> AgentUpdate {
-    AgentUpdate {
-        agent,
-        connection_id: opened.connection_id,
-        at,
-        read_at: at,
-        sequence_num: Some(1),
-        capabilities: Capabilities(1),
-        documents: Documents::default(),
-        kept: false,
-    }
-}
-
-/// A report with a description of these attributes.
-pub(crate) fn described(
-    opened: &Opened,
-    agent: InstanceUid,
-    at: Moment,
-    attributes: &[(&str, &str)],
-) -> AgentUpdate {
-    let mut update = report(opened, agent, at);
-    update.documents.description = Some(description(attributes));
-    update
 }
 
 /// The description with these attributes.

@@ -11,7 +11,7 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
 
-use super::scene::{Node, at, create, described, end, fault_of, history, new_node, row, status_log, update};
+use super::scene::{Node, at, create, end, fault_of, history, new_node, row, status_log, update};
 use crate::harness::{Database, Kind, Raw};
 
 /// One event of a schedule; numbers choose among what there is at that moment.
@@ -191,7 +191,7 @@ impl World {
         let fence = row(&self.store, self.agent).await.connection_id;
         let number = self.now.to_string();
         let attributes = [("service.name", "edge"), (number.as_str(), "x")];
-        let mut change = described(held, self.agent, at(self.now), &attributes);
+        let mut change = self.nodes[0].described(held, self.agent, at(self.now), &attributes);
         change.sequence_num = (self.now % 2 == 0).then(|| self.now.unsigned_abs());
         change.documents.health = Some(self.now.into());
         let stored = update(&self.store, change.clone()).await;

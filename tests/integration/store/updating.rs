@@ -8,7 +8,7 @@ use opamp_server::close::CloseReason;
 use opamp_server::store::{AgentDetail, Sighting, Store};
 use serde_json::{Value, json};
 
-use super::scene::{Node, at, described, description, report, row, uid, update};
+use super::scene::{Node, at, description, row, uid, update};
 use crate::harness::Database;
 
 async fn detail(store: &Arc<dyn Store>, number: u32) -> AgentDetail {
@@ -19,10 +19,10 @@ async fn detail(store: &Arc<dyn Store>, number: u32) -> AgentDetail {
 pub(super) async fn an_update_after_a_take_over_changes_nothing(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
     let older = node.open(uid(1), at(10)).await;
-    assert!(update(&store, described(&older, uid(1), at(11), &[("service.name", "first")])).await);
+    assert!(update(&store, node.described(&older, uid(1), at(11), &[("service.name", "first")])).await);
     node.open(uid(1), at(20)).await;
     let before = detail(&store, 1).await;
-    let mut late = described(&older, uid(1), at(30), &[("service.name", "second")]);
+    let mut late = node.described(&older, uid(1), at(30), &[("service.name", "second")]);
     late.sequence_num = Some(99);
     late.capabilities = Capabilities(7);
     late.documents.components_hash = Some("ab".to_owned());
@@ -35,11 +35,11 @@ pub(super) async fn an_update_after_a_take_over_changes_nothing(store: Arc<dyn S
 pub(super) async fn a_kept_update_yields_to_a_newer_one(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
     let opened = node.open(uid(1), at(10)).await;
-    let mut newer = report(&opened, uid(1), at(20));
+    let mut newer = node.report(&opened, uid(1), at(20));
     newer.documents.healthy = Some(true);
     assert!(update(&store, newer).await);
-    let mut kept = report(&opened, uid(1), at(19));
-    (kept.documents.healthy, kept.kept) = (Some(false), true);
+    let mut kept = node.report(&opened, uid(1), at(19));
+    (kept.documents.healthy, kept.late) = (Some(false), true);
     assert!(!update(&store, kept.clone()).await);
     assert_eq!(row(&store, uid(1)).await.healthy, Some(true));
     kept.read_at = at(20);
@@ -52,7 +52,7 @@ pub(super) async fn an_update_after_an_end_changes_nothing(store: Arc<dyn Store>
     let node = Node::start(&store, "a", at(0)).await;
     let opened = node.visit(uid(1), at(10), at(20)).await;
     let before = detail(&store, 1).await;
-    assert!(!update(&store, described(&opened, uid(1), at(30), &[("service.name", "late")])).await);
+    assert!(!update(&store, node.described(&opened, uid(1), at(30), &[("service.name", "late")])).await);
     assert_eq!(detail(&store, 1).await, before);
 }
 
@@ -76,7 +76,7 @@ fn full() -> Documents {
 pub(super) async fn changed_parts_are_replaced_whole_and_absent_ones_stay(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
     let opened = node.open(uid(1), at(10)).await;
-    let mut first = report(&opened, uid(1), at(11));
+    let mut first = node.report(&opened, uid(1), at(11));
     first.documents = full();
     assert!(update(&store, first).await);
     let stored = detail(&store, 1).await;
@@ -87,7 +87,7 @@ pub(super) async fn changed_parts_are_replaced_whole_and_absent_ones_stay(store:
         (stored.package_statuses.clone(), stored.components.clone()),
         (documents.package_statuses, documents.components)
     );
-    let mut second = report(&opened, uid(1), at(12));
+    let mut second = node.report(&opened, uid(1), at(12));
     second.documents.package_statuses = Some(json!({ "packages": { "q": 3 } }));
     second.documents.healthy = Some(true);
     assert!(update(&store, second).await);
@@ -105,13 +105,13 @@ pub(super) async fn attributes_are_replaced_as_a_whole(database: &Database) {
     let node = Node::start(&store, "a", at(0)).await;
     let opened = node.open(uid(1), at(10)).await;
     let first = [("service.name", "edge"), ("host.name", "h1"), ("k8s.pod.uid", "p"), ("zone", "eu")];
-    update(&store, described(&opened, uid(1), at(11), &first)).await;
+    update(&store, node.described(&opened, uid(1), at(11), &first)).await;
     let agent = row(&store, uid(1)).await;
     assert_eq!(
         (agent.name.as_deref(), agent.host.as_deref(), agent.ephemeral),
         (Some("edge"), Some("h1"), true)
     );
-    let mut second = described(&opened, uid(1), at(12), &[("service.name", "core"), ("zone", "us")]);
+    let mut second = node.described(&opened, uid(1), at(12), &[("service.name", "core"), ("zone", "us")]);
     let changed = second.documents.description.as_mut().expect("it has one");
     (changed.groups, changed.clients_count) = (json!(["g"]), 2_147_483_647);
     update(&store, second).await;
@@ -137,8 +137,12 @@ pub(super) async fn odd_values_come_back_as_they_were(store: Arc<dyn Store>) {
         "small": 5e-324, "float": 0.1, "negative": -1.5, "": null, "a.b": { "": [] },
     });
     let name = "é".repeat(255);
-    let mut change =
-        described(&opened, uid(1), at(11), &[("service.name", &name), ("q'uote", "1; DROP TABLE agents")]);
+    let mut change = node.described(
+        &opened,
+        uid(1),
+        at(11),
+        &[("service.name", &name), ("q'uote", "1; DROP TABLE agents")],
+    );
     change.documents.description.as_mut().expect("it has one").document = odd.clone();
     change.documents.effective_config = Some(json!({ "": { "body": text, "content_type": "" } }));
     change.documents.custom_capabilities = Some(json!([]));
@@ -160,7 +164,7 @@ pub(super) async fn an_inventory_is_kept_per_hash(store: Arc<dyn Store>) {
     let inventory = json!({ "receivers": { "metadata": {} } });
     let hash_only = |hash: &str| Documents { components_hash: Some(hash.to_owned()), ..Documents::default() };
     let first = node.open(uid(1), at(10)).await;
-    let mut change = report(&first, uid(1), at(11));
+    let mut change = node.report(&first, uid(1), at(11));
     change.documents = Documents { components: Some(inventory.clone()), ..hash_only("aa") };
     update(&store, change).await;
     let second = node.open(uid(2), at(12)).await;
@@ -170,7 +174,7 @@ pub(super) async fn an_inventory_is_kept_per_hash(store: Arc<dyn Store>) {
         (&first, 1, "bb", None),
         (&first, 1, "aa", Some(&inventory)),
     ] {
-        let mut change = report(opened, uid(number), at(13));
+        let mut change = node.report(opened, uid(number), at(13));
         change.documents = hash_only(hash);
         update(&store, change).await;
         let stored = detail(&store, number).await;
@@ -242,7 +246,7 @@ fn take_over(agent: &str, when: &str) -> String {
 pub(super) async fn a_number_that_is_unknown_is_stored_as_unknown(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
     let opened = node.open(uid(1), at(10)).await;
-    let mut known = report(&opened, uid(1), at(11));
+    let mut known = node.report(&opened, uid(1), at(11));
     known.sequence_num = Some(0);
     update(&store, known).await;
     let same_moment = Sighting {
@@ -266,7 +270,7 @@ pub(super) async fn a_number_that_is_unknown_is_stored_as_unknown(store: Arc<dyn
     };
     assert_eq!(store.update_last_seen(&[unknown]).await, Ok(1));
     assert_eq!(detail(&store, 1).await.sequence_num, None);
-    let mut gap = report(&opened, uid(1), at(13));
+    let mut gap = node.report(&opened, uid(1), at(13));
     gap.sequence_num = None;
     update(&store, gap).await;
     assert_eq!(node.open(uid(1), at(20)).await.agent.sequence_num, None);

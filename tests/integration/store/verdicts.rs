@@ -7,7 +7,7 @@ use opamp_server::close::CloseReason;
 use opamp_server::config::Ephemeral;
 use opamp_server::store::{Status, Store, Write};
 
-use super::scene::{Node, at, described, history, row, status_log, uid, update};
+use super::scene::{Node, at, history, row, status_log, uid, update};
 use crate::harness::Database;
 
 const STALE_AFTER: Duration = Duration::from_mins(10);
@@ -17,7 +17,7 @@ async fn two_offline(store: &Arc<dyn Store>) -> Node {
     let node = Node::start(store, "a", at(0)).await;
     for (number, attribute) in [(1, "k8s.pod.uid"), (2, "zone")] {
         let opened = node.open(uid(number), at(10)).await;
-        update(store, described(&opened, uid(number), at(11), &[(attribute, "x")])).await;
+        update(store, node.described(&opened, uid(number), at(11), &[(attribute, "x")])).await;
         node.end(&opened, uid(number), CloseReason::ClosedByAgent, at(20)).await;
     }
     node

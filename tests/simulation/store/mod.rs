@@ -249,7 +249,9 @@ async fn transaction<T: Send + 'static>(
             return;
         }
         if fate == Fate::Late {
-            *database.locked() = database.truth.now().after(takes);
+            let now = database.truth.now();
+            *database.locked() = now.after(takes);
+            database.truth.trouble(now, now.after(takes));
         }
     }
     let whole = fate == Fate::Late;

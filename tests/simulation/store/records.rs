@@ -206,7 +206,7 @@ impl Records {
         rows.iter().rev().filter_map(|id| self.row(*id)).find(|row| row.end.is_none())
     }
 
-    fn is_gone(&self, node: Option<Uuid>) -> bool {
+    pub(crate) fn is_gone(&self, node: Option<Uuid>) -> bool {
         self.nodes.iter().any(|row| Some(row.id) == node && row.ended_at.is_some())
     }
 
@@ -251,7 +251,7 @@ impl Records {
     fn update(&mut self, update: &AgentUpdate) -> bool {
         let Some(agent) = self.agents.get_mut(&update.agent) else { return false };
         if agent.connection != Some(update.connection_id)
-            || update.kept && agent.seen.as_ref().is_some_and(|seen| seen.at > update.read_at)
+            || update.late && agent.seen.as_ref().is_some_and(|seen| seen.at > update.read_at)
         {
             return false;
         }
@@ -322,7 +322,9 @@ impl Records {
         agent.updated_at = agent.updated_at.max(at);
         if let Some(seen) = &mut agent.seen {
             seen.at = seen.at.max(end.last_seen_at);
-            seen.number = end.sequence_num;
+            if !end.unsaved {
+                seen.number = end.sequence_num;
+            }
         }
         Ended { duration_seconds, status }
     }
@@ -617,7 +619,7 @@ impl Records {
         let node = batch.iter().find_map(|write| match write {
             Write::CreateConnection(new) => Some(new.node_id),
             Write::UpdateConnection(end) => Some(end.node_id),
-            Write::UpdateAgent(_) => None,
+            Write::UpdateAgent(update) => Some(update.node_id),
         });
         node.is_none_or(|node| self.nodes.iter().any(|row| row.id == node && row.ended_at.is_none()))
     }
