@@ -61,6 +61,8 @@ pub struct Link {
     writing_since: AtomicU64,
     receiving: AtomicBool,
     dismissed: AtomicBool,
+    /// True where a first report of an agent was refused on it.
+    refused: AtomicBool,
     /// Since when the link is read: [`BUSY`] while a message is being taken in.
     attentive_since: AtomicU64,
     /// The last time for which it was not read for long: from, until.
@@ -107,6 +109,17 @@ impl Link {
     /// Notes that a connection on it ended.
     pub fn leave(&self) {
         self.agents.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Notes that an agent's first report was refused.
+    pub fn refuse(&self) {
+        self.refused.store(true, Ordering::Relaxed);
+    }
+
+    /// True where the one agent on it may have said what nobody took, before it had a connection.
+    #[must_use]
+    pub fn has_refused(&self) -> bool {
+        self.refused.load(Ordering::Relaxed) && !self.is_shared()
     }
 
     /// True where it carries several agents.
@@ -296,6 +309,12 @@ impl Pulse {
             let shortest = beat.gaps.iter().copied().filter(|gap| *gap > 0).min().unwrap_or(0);
             tick.since(beat.last_report) > Duration::from_millis(shortest.into()) * 3 / 2
         })
+    }
+
+    /// True where the report with this number follows the last one, or is it once more.
+    #[must_use]
+    pub fn is_followed_by(&self, number: u64) -> bool {
+        self.with(|beat| beat.heard.is_none_or(|last| last == number || last.wrapping_add(1) == number))
     }
 
     /// Notes what the store holds now, or needs not be told at once, and the number of the last report.

@@ -7,29 +7,25 @@
 
 pub mod flush;
 pub mod hub;
+mod services;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use hub::Hub;
+use std::sync::atomic::Ordering;
 
 use crate::agent::document::Documents;
 use crate::agent::offer::{Answer, Refusal, compose, refuse};
 use crate::agent::report::{AgentState, Change, Kind, PartSet, digest_of_bytes};
 use crate::agent::{InstanceUid, Sender, is_legacy};
 use crate::burden::Share;
-use crate::clock::{Clock, Rate, Tick};
+use crate::clock::Tick;
 use crate::close::{Cause, CloseReason};
-use crate::heartbeat::Watch;
-use crate::history::{EndTicket, History, Noticed, OpenConnection, Opening, Opens, Saved};
-use crate::metrics::{DecodeFailure, Metrics, OfferKind, Refused};
-use crate::outage::Outage;
-use crate::peers::Peers;
+use crate::history::{EndTicket, Noticed, OpenConnection, Opening, Opens, Saved};
+use crate::metrics::{DecodeFailure, OfferKind, Refused};
 use crate::proto::{AgentCapabilities, AgentToServer, ServerToAgent};
 use crate::pulse::{Link, Pulse};
-use crate::sight::Sight;
-use crate::store::{AgentUpdate, Rival, Store, StoreError, Transport};
+use crate::store::{AgentUpdate, Rival, StoreError, Transport};
+pub use services::Services;
 
 /// How many agents are asked for their full state in a second: after a crash many are to be, and each
 /// answers with a large report. Who is not asked at once is asked later.
@@ -37,49 +33,6 @@ pub const QUESTIONS_PER_SECOND: usize = 500;
 
 /// How long an agent is told to stay away when the store cannot take its report, in seconds.
 const RETRY_AFTER_SECONDS: u64 = 30;
-
-/// What every session of a node works with.
-pub struct Services {
-    /// Where uids are assigned and polls on record are looked up.
-    pub store: Arc<dyn Store>,
-    /// Where connections are opened, saved and ended.
-    pub history: History,
-    /// Who lives on this node.
-    pub hub: Arc<Hub>,
-    /// Who says that an agent fell silent.
-    pub watch: Watch,
-    /// Time.
-    pub clock: Clock,
-    /// What is counted.
-    pub metrics: Arc<Metrics>,
-    /// Whether the store is away.
-    pub outage: Arc<Outage>,
-    /// Whether the server itself was blind.
-    pub sight: Arc<Sight>,
-    /// The other nodes, on which polls may land.
-    pub peers: Arc<Peers>,
-    /// Whose turn it is to be asked for full state.
-    pub questions: Rate,
-    /// True once the server stops: no session opens any more.
-    pub closing: AtomicBool,
-}
-
-impl Services {
-    /// Counts a newcomer, or a message, that was refused; who was refused for want of room may return later
-    /// than else.
-    pub fn note_refusal(&self, cause: Refused) {
-        self.metrics.refused.of(cause).increment(1);
-        if matches!(cause, Refused::Connections | Refused::Rate | Refused::Store) {
-            self.sight.refuse(self.clock.tick());
-        }
-    }
-}
-
-impl std::fmt::Debug for Services {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Services").field("history", &self.history).finish_non_exhaustive()
-    }
-}
 
 /// Where reports come from.
 #[derive(Clone, Debug)]
@@ -151,6 +104,13 @@ enum Standing {
     Doubtful,
 }
 
+/// Whether a report is the one that opened its session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Arrival {
+    First,
+    Later,
+}
+
 /// Whose conversation a first report opened.
 enum Opened {
     Session(Session),
@@ -210,11 +170,11 @@ impl Session {
 
     /// Makes sure that a poller which may have been at another node since its last poll here still has its row.
     /// False where its row must be asked for anew: after so long, another node may be about to end it.
-    async fn make_sure(&mut self, heard: Tick) -> Result<bool, Refusal> {
+    async fn make_sure(&mut self, heard: Tick, number: u64) -> Result<bool, Refusal> {
         let services = &self.services;
         let missed = self.connection.transport == Transport::Http
-            && self.connection.pulse.missed_polls(heard)
-            && services.peers.may_be_there(services.sight.resumed(services.clock.tick()));
+            && (self.connection.pulse.missed_polls(heard) || !self.connection.pulse.is_followed_by(number))
+            && self.peers_may_be_there();
         if self.standing == Standing::Sure && !missed {
             return Ok(true);
         }
@@ -238,6 +198,25 @@ impl Session {
             Err(_) => self.standing = Standing::Unsure,
         }
         Ok(true)
+    }
+
+    /// True where the agent's polls may land on another node as well.
+    fn peers_may_be_there(&self) -> bool {
+        let Services { peers, sight, clock, .. } = &*self.services;
+        peers.may_be_there(sight.resumed(clock.tick()))
+    }
+
+    /// True for a poll that was read after this process was stopped: its agent may have told another node what is newer.
+    fn may_be_overtaken(&self, heard: Tick) -> bool {
+        self.connection.transport == Transport::Http
+            && self.connection.proof(&self.services.sight, heard) < heard
+            && self.peers_may_be_there()
+    }
+
+    /// True where the store says that this very connection is open.
+    async fn is_on_record(&self) -> bool {
+        let open = self.services.store.get_active_connection(self.connection.agent).await;
+        matches!(open, Ok(Some(row)) if row.id == self.connection.id)
     }
 
     /// By when the agent was to be heard again.
@@ -305,13 +284,18 @@ impl Session {
     }
 
     /// Takes one report.
-    async fn on_report(&mut self, inbound: &mut Inbound, heard: Tick) -> Result<Taken, Refusal> {
+    async fn on_report(
+        &mut self,
+        inbound: &mut Inbound,
+        heard: Tick,
+        arrival: Arrival,
+    ) -> Result<Taken, Refusal> {
         if self.connection.forgot() {
             self.connection.asked();
             self.state.forget();
         }
         let (state, digest) = (self.state, inbound.digest);
-        let (next, change) = inbound.work(move |report| state.absorb(report, digest)).await;
+        let (mut next, mut change) = inbound.work(move |report| state.absorb(report, digest)).await;
         let report = &inbound.report;
         self.services.metrics.reports.of(change.kind).increment(1);
         if change.kind == Kind::Rival && !is_legacy(&report.instance_uid) {
@@ -322,12 +306,15 @@ impl Session {
         if change.kind == Kind::Repeat {
             return Ok(Taken::Answered(self.answered));
         }
-        if change.must_save {
-            Box::pin(self.save(inbound, &next, change.parts, heard)).await?;
+        let late = arrival == Arrival::Later && self.may_be_overtaken(heard);
+        if change.must_save && !Box::pin(self.save(inbound, &next, change.parts, heard, late)).await? {
+            next = self.state.past(inbound.report.sequence_num);
+            change.ask_full_state = true;
         }
         self.adopt(next, change, false);
         if change.leaves || change.requests_uid {
-            Box::pin(self.finish(&inbound.report, change, heard)).await?;
+            let noticed = if late { Noticed::Unheard } else { Noticed::SeenAt(heard) };
+            Box::pin(self.finish(&inbound.report, change, noticed)).await?;
         }
         Ok(Taken::Answered(self.answered))
     }
@@ -341,19 +328,17 @@ impl Session {
         **rival
     }
 
-    /// Stores what changed, before it is answered.
+    /// Stores what changed, before it is answered. False where it came `late`, and another node heard what is newer.
     async fn save(
         &mut self,
         inbound: &mut Inbound,
         next: &AgentState,
         parts: PartSet,
         heard: Tick,
-    ) -> Result<(), Refusal> {
-        let proof = self.connection.proof(&self.services.sight, heard);
-        let at = self.services.clock.moment(proof);
+        late: bool,
+    ) -> Result<bool, Refusal> {
+        let at = self.services.clock.moment(self.connection.proof(&self.services.sight, heard));
         self.connection.note_sighting(at);
-        // While this process was stopped, the poller may have told another node what is newer.
-        let late = self.connection.transport == Transport::Http && proof < heard;
         let update = AgentUpdate {
             agent: self.connection.agent,
             connection_id: self.connection.id,
@@ -368,7 +353,8 @@ impl Session {
         match self.services.history.save(&self.connection, update, inbound.share.take()).await {
             // A change that is kept is answered as if it were stored: should the process crash before it is,
             // the stored number does not continue, and full state is asked for.
-            Ok(Saved::Stored | Saved::Kept) => Ok(()),
+            Ok(Saved::Stored | Saved::Kept) => Ok(true),
+            Ok(Saved::Superseded) if late && self.is_on_record().await => Ok(false),
             Ok(Saved::Superseded) => {
                 // Another node opened a newer connection of this agent.
                 self.connection.abandon(CloseReason::Superseded);
@@ -383,9 +369,14 @@ impl Session {
     }
 
     /// The agent leaves, or is given another uid.
-    async fn finish(&mut self, report: &AgentToServer, change: Change, heard: Tick) -> Result<(), Refusal> {
+    async fn finish(
+        &mut self,
+        report: &AgentToServer,
+        change: Change,
+        noticed: Noticed,
+    ) -> Result<(), Refusal> {
         let ticket = if change.leaves {
-            self.end(CloseReason::AgentDisconnect, Noticed::SeenAt(heard))
+            self.end(CloseReason::AgentDisconnect, noticed)
         } else if is_legacy(&report.instance_uid) {
             None
         } else {
@@ -454,7 +445,7 @@ pub async fn exchange(
 ) -> Exchange {
     let heard = origin.link.last_byte();
     let sure = match slot {
-        Some(session) => session.make_sure(heard).await,
+        Some(session) => session.make_sure(heard, inbound.report.sequence_num).await,
         None => Ok(true),
     };
     slot.take_if(|session| session.connection.ended().is_some_and(|reason| may_return(origin, reason)));
@@ -462,7 +453,7 @@ pub async fn exchange(
     let result = match (slot.as_mut(), sure) {
         (_, Err(refusal)) => Err(refusal),
         (Some(session), _) if session.connection.ended().is_some() => Err(unavailable()),
-        (Some(session), Ok(true)) => session.on_report(inbound, heard).await,
+        (Some(session), Ok(true)) => session.on_report(inbound, heard, Arrival::Later).await,
         (Some(_), Ok(false)) | (None, _) if closing => Err(unavailable()),
         (Some(_), Ok(false)) | (None, _) => {
             Box::pin(first_report(services, slot, origin, agent, inbound)).await
@@ -505,11 +496,17 @@ async fn first_report(
     if report.agent_disconnect.is_some() && !polls_on(services, origin, agent).await? {
         return Ok(Taken::Answered(Answer::default()));
     }
-    let opened = Session::open(services, origin, agent, report).await;
-    let session = match opened.map_err(|error| refusal(services, &error))? {
-        Opened::Session(session) => slot.insert(session),
-        Opened::Rival(rival) => return Ok(Taken::Rival(rival)),
+    let session = match Session::open(services, origin, agent, report).await {
+        Ok(Opened::Session(session)) => slot.insert(session),
+        Ok(Opened::Rival(rival)) => return Ok(Taken::Rival(rival)),
+        Err(error) => {
+            origin.link.refuse();
+            return Err(refusal(services, &error));
+        }
     };
+    if origin.link.has_refused() {
+        session.state.forget();
+    }
     // Once it is in the hub, a stop sees it; a stop that had looked before is seen here.
     if services.closing.load(Ordering::Relaxed) {
         if let Some(ticket) = session.end(CloseReason::ServerShutdown, Noticed::Concluded) {
@@ -517,7 +514,7 @@ async fn first_report(
         }
         return Err(unavailable());
     }
-    session.on_report(inbound, origin.link.last_byte()).await
+    session.on_report(inbound, origin.link.last_byte(), Arrival::First).await
 }
 
 /// True where this is a poll of an agent whose polls are on record as an open connection.

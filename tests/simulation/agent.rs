@@ -418,8 +418,13 @@ impl Agent {
                 }
             }
             Ending::Close => drop(wire.send(process, Up::Close)),
-            Ending::Fin => drop(wire.send(process, Up::Fin)),
-            Ending::Reset => drop(wire.send(process, Up::Reset)),
+            Ending::Fin | Ending::Reset => {
+                let end = if ending == Ending::Fin { Up::Fin } else { Up::Reset };
+                wire.send(process, end);
+                if !unanswered.is_empty() {
+                    self.excuse_longer("its next link may overtake this one", LATER);
+                }
+            }
             Ending::Vanish => self.excuse_longer("its network was gone", SOON),
             Ending::Restart => {
                 wire.send(process, Up::Fin);

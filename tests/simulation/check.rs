@@ -262,7 +262,10 @@ fn silence(
                 return;
             }
             let known = |&(at, process): &(Moment, _)| at.after(NEAR) < end.known() && !cut_off(process);
-            contact.heard.max(own.polled.filter(known).map(|(at, _)| at).unwrap_or_default())
+            // The poll that came too late is the one that ended it.
+            let before = contact.proofs.iter().rev().copied().find(|at| at.after(NEAR) < end.known());
+            let heard = before.unwrap_or(contact.opened);
+            heard.max(own.polled.filter(known).map(|(at, _)| at).unwrap_or_default())
         }
     };
     // What arrives after the verdict proves nothing, and what arrived before it must have been read.
@@ -307,8 +310,8 @@ pub(crate) fn answered(process: &Process, uid: InstanceUid, id: i64, heard: Mome
     let Some(agent) = records.agents.get(&uid).filter(|_| !process.truth.own(uid, |own| own.cloned)) else {
         return;
     };
-    // Who was taken for lost keeps its links open and answers until it learns that.
-    if records.is_gone(Some(process.node_id)) {
+    // Who was taken for lost, or is about to be, keeps its links open and answers until it learns that.
+    if records.is_lost(process.node_id, process.truth.now()) {
         return;
     }
     let covers = |row: &&Row| {

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use opamp_server::clock::Moment;
 use sqlx::postgres::{PgPoolOptions, PgRow};
@@ -158,12 +159,30 @@ impl Database {
         })
     }
 
-    /// Holds the database as another writer would, until `released` completes.
-    pub(crate) async fn hold(&self, released: impl Future<Output = ()>) -> Result<(), sqlx::Error> {
-        if let Pool::Sqlite(pool, _) = &self.pool {
-            let held = pool.begin_with("BEGIN IMMEDIATE").await?;
-            released.await;
-            held.rollback().await?;
+    /// Takes the database from all servers until `released` completes: `SQLite` as another writer does, Postgres by
+    /// ending every session over and over, as a restart does for as long as it takes.
+    pub(crate) async fn seize(&self, released: impl Future<Output = ()>) -> Result<(), sqlx::Error> {
+        match &self.pool {
+            Pool::Sqlite(pool, _) => {
+                let held = pool.begin_with("BEGIN IMMEDIATE").await?;
+                released.await;
+                held.rollback().await?;
+            }
+            Pool::Postgres(pool, _) => {
+                let mut own = pool.acquire().await?;
+                let end_others = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+                                  WHERE datname = current_database() AND pid <> pg_backend_pid()";
+                let ending = async {
+                    loop {
+                        sqlx::query(end_others).execute(&mut *own).await?;
+                        tokio::time::sleep(Duration::from_millis(20)).await;
+                    }
+                };
+                tokio::select! {
+                    () = released => {}
+                    failed = ending => return failed,
+                }
+            }
         }
         Ok(())
     }

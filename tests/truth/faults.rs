@@ -8,7 +8,7 @@ use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
 use crate::agent::Phase;
-use crate::database::Database;
+use crate::database::{Database, Kind};
 use crate::node::{Blow, Place};
 use crate::proxy::{Mode, Proxy};
 use crate::record::{Trouble, Troubles};
@@ -81,6 +81,7 @@ pub(crate) async fn break_store(
             | Trouble::Terminated
             | Trouble::Stopped
             | Trouble::StoreLocked
+            | Trouble::StoreRestarted
             | Trouble::Lag => {}
         }
         let over = wait(&mut phase, time).await;
@@ -93,8 +94,9 @@ pub(crate) async fn break_store(
     }
 }
 
-/// Holds the one database now and then, as another writer would, until the storm is over.
-pub(crate) async fn lock_store(
+/// Takes the database from all servers now and then until the storm is over.
+pub(crate) async fn seize_store(
+    kind: Kind,
     database: Arc<Database>,
     mut rng: Rng,
     troubles: Troubles,
@@ -102,18 +104,22 @@ pub(crate) async fn lock_store(
 ) {
     loop {
         let pause = Duration::from_millis(rng.u64(2_000..8_000));
+        let (pause, trouble) = match kind {
+            Kind::Sqlite => (pause, Trouble::StoreLocked),
+            Kind::Postgres | Kind::TwoNodes => (pause * 2, Trouble::StoreRestarted),
+        };
         if wait(&mut phase, pause).await {
             return;
         }
         let long = rng.u8(..6) == 0;
         let time =
             Duration::from_millis(rng.u64(300..4_000)) + Duration::from_secs(if long { 10 } else { 0 });
-        let number = troubles.begin(None, Trouble::StoreLocked);
-        let held = database.hold(async {
+        let number = troubles.begin(None, trouble);
+        let seized = database.seize(async {
             wait(&mut phase, time).await;
         });
-        if let Err(error) = held.await {
-            troubles.note(format!("the database could not be held: {error}"));
+        if let Err(error) = seized.await {
+            troubles.note(format!("the database could not be seized: {error}"));
         }
         troubles.end(number);
     }

@@ -235,6 +235,8 @@ pub(crate) enum Trouble {
     CommitCut,
     /// Another writer holds the database.
     StoreLocked,
+    /// The database ends every session, again and again, as one does that is started anew.
+    StoreRestarted,
     /// The host kept the simulator itself from running; the servers say the same of themselves.
     Lag,
 }
@@ -247,7 +249,8 @@ impl Trouble {
             | Self::StoreFrozen
             | Self::StoreDelayed
             | Self::CommitCut
-            | Self::StoreLocked => true,
+            | Self::StoreLocked
+            | Self::StoreRestarted => true,
             Self::Down | Self::Killed | Self::Terminated | Self::Stopped | Self::Lag => false,
         }
     }

@@ -141,10 +141,8 @@ impl Stage {
             let (proxy, troubles) = (Arc::clone(proxy), self.troubles.clone());
             tasks.spawn(faults::break_store(node, proxy, rng.fork(), troubles, phase.clone()));
         }
-        if self.plan.kind == Kind::Sqlite {
-            let (database, troubles) = (Arc::clone(&self.database), self.troubles.clone());
-            tasks.spawn(faults::lock_store(database, rng.fork(), troubles, phase.clone()));
-        }
+        let (database, troubles) = (Arc::clone(&self.database), self.troubles.clone());
+        tasks.spawn(faults::seize_store(self.plan.kind, database, rng.fork(), troubles, phase.clone()));
     }
 
     async fn books(&self) -> Books {

@@ -278,6 +278,21 @@ impl AgentState {
         self.digests = [None; Part::ALL.len()];
     }
 
+    /// This state after a report with this number that was not taken: everything is asked for once more.
+    #[must_use]
+    pub fn past(self, number: u64) -> Self {
+        Self {
+            number: Some(number),
+            known_agent: true,
+            stale: true,
+            broken: false,
+            fresh: PartSet::default(),
+            digests: [None; Part::ALL.len()],
+            last_report: None,
+            ..self
+        }
+    }
+
     /// What `report` makes of this state. `digest` is over the report's bytes, see [`digest_of_bytes`].
     ///
     /// The caller adopts the new state once the change is durable; until then the old one stands,

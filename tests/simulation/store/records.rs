@@ -206,7 +206,14 @@ impl Records {
         rows.iter().rev().filter_map(|id| self.row(*id)).find(|row| row.end.is_none())
     }
 
-    pub(crate) fn is_gone(&self, node: Option<Uuid>) -> bool {
+    /// True where a node is marked as ended, or did not renew for a whole lease.
+    pub(crate) fn is_lost(&self, node: Uuid, now: Moment) -> bool {
+        self.nodes
+            .iter()
+            .any(|row| row.id == node && (row.ended_at.is_some() || now.since(row.renewed_at) > row.lease))
+    }
+
+    fn is_gone(&self, node: Option<Uuid>) -> bool {
         self.nodes.iter().any(|row| Some(row.id) == node && row.ended_at.is_some())
     }
 

@@ -140,7 +140,9 @@ pub(super) fn inherited(case: &Case<'_>) -> Vec<String> {
         let by = row.disconnected_by?;
         let lost = row.disconnect_reason.as_deref() == Some("server_lost");
         let in_a_start = starts.iter().any(|start| start.overlaps(by.before(CLOCK), by.after(CLOCK)));
-        (lost && !in_a_start).then(|| {
+        // Who was displaced shortly before the loss had fled from it.
+        let fled = case.rows.iter().any(|next| next.connected_at == by);
+        (lost && !in_a_start && !fled).then(|| {
             format!("row {} is known as lost only from {by}, and no server was starting then", row.id)
         })
     });
