@@ -7,6 +7,7 @@ use sqlx::{Postgres, QueryBuilder, Row, Sqlite};
 use super::agents::{count_agents, select_agents};
 use super::connections::{count_connections, select_connections};
 use super::dialect::SqlStore;
+use super::observation::{select_attributes, select_ended, select_staying};
 use super::orders::select_close_orders;
 use super::status_log::{count_transitions, select_transitions};
 use super::{AgentFilter, HistoryFilter, PageRequest, Status, Transport};
@@ -146,6 +147,11 @@ macro_rules! statements {
             add("page of transitions".to_owned(), &|query| select_transitions(query, somebody, page));
         }
         add("orders to a node".to_owned(), &|query| select_close_orders(query, uuid::Uuid::nil()));
+        let [begins, ends] = ["2026-01-01T00:01:00Z", "2026-01-01T00:05:00Z"];
+        let [begins, ends] = [begins, ends].map(|text| Moment::parse(text).unwrap());
+        add("ends of a span".to_owned(), &|query| select_ended(query, begins, ends, 500_000));
+        add("open at a moment".to_owned(), &|query| select_staying(query, ends, 300));
+        add("attributes that are causes".to_owned(), &|query| select_attributes(query));
         add("next overdue".to_owned(), &|query| {
             query.push(super::agents::NEXT_OVERDUE);
         });
