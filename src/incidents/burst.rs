@@ -20,9 +20,12 @@ const FALSE_ALARMS: f64 = 0.001;
 /// How many times the usual a burst is at least.
 const LEAST_RATIO: f64 = 3.0;
 
-/// How many times as lively as the median hour the busiest is taken to be at most: what an incident of
+/// How many times as lively as the median the busiest hours are taken to be at most: what an incident of
 /// hours adds beyond that does not pass for a tide.
 const TIDE: f64 = 2.0;
+
+/// By which windows the tide is measured: in longer ones an agent that left twice is one agent.
+const TIDE_WINDOW: Duration = WINDOWS[1];
 
 /// An hour of less than this many agents has none more often than not.
 const UNSEEN_PER_HOUR: f64 = 0.7;
@@ -35,7 +38,7 @@ pub(super) type Departure = (Moment, AgentNumber);
 pub(super) struct Usual {
     /// By [`WINDOWS`].
     within: [f64; 3],
-    /// How many times as many leave in a busy hour, 1 to [`TIDE`].
+    /// How many times as many leave in the busy windows of a day, 1 to [`TIDE`].
     busy: f64,
 }
 
@@ -139,12 +142,15 @@ impl Tally {
 
 /// The usual number of agents that leave, from all `departures` between `begins` and `ends`, in order of time.
 pub(super) fn usual(departures: &[Departure], begins: Moment, ends: Moment, tally: &mut Tally) -> Usual {
-    let mut hours = counts(departures, begins, ends, HOUR, tally);
-    let hour = quantile(&mut hours, 5) + UNSEEN_PER_HOUR;
-    let busy = (quantile(&mut hours, 9) / hour).clamp(1.0, TIDE);
+    let hour = quantile(&mut counts(departures, begins, ends, HOUR, tally), 5) + UNSEEN_PER_HOUR;
+    let mut busy = 1.0_f64;
     let within = WINDOWS.map(|window| {
-        let floor = hour * window.as_secs_f64() / HOUR.as_secs_f64();
-        quantile(&mut counts(departures, begins, ends, window, tally), 5).max(floor)
+        let mut counts = counts(departures, begins, ends, window, tally);
+        let usual = quantile(&mut counts, 5).max(hour * window.as_secs_f64() / HOUR.as_secs_f64());
+        if window == TIDE_WINDOW {
+            busy = (quantile(&mut counts, 9) / usual).clamp(1.0, TIDE);
+        }
+        usual
     });
     Usual { within, busy }
 }

@@ -2,8 +2,8 @@
 //!
 //! A connection takes some 70 bytes; agents, addresses and values are held once and named by number.
 
+use core::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::collections::HashMap;
-use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use uuid::Uuid;
 

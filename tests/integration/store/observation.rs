@@ -17,25 +17,27 @@ fn told(observation: &Observation) -> Vec<(u32, u32)> {
 }
 
 /// Six of eight agents by one address left; the others left later or are still there, and a ninth came later.
-async fn scene(store: &Arc<dyn Store>) -> Node {
+async fn scene(store: &Arc<dyn Store>) {
     let node = Node::start(store, "a", at(0)).await;
-    for number in 0..40 {
+    let arrive = async |number: u32, since: i64| {
         let remote_addr = if number < 9 { "192.0.2.1:1" } else { "198.51.100.7:1" }.to_owned();
-        let since = at(if number == 8 { 60_000 } else { 1 });
-        let arrival = NewConnection { remote_addr, ..node.arrival(uid(number), since) };
-        let opened = create(store, arrival).await;
-        match number {
-            0..6 => {
-                node.end(&opened, uid(number), CloseReason::ConnectionLost, at(50_000)).await;
-            }
-            6 | 9 => {
-                node.end(&opened, uid(number), CloseReason::ConnectionLost, at(70_000)).await;
-                node.visit(uid(number), at(70_100), at(70_200)).await;
-            }
-            _ => {}
-        }
+        create(store, NewConnection { remote_addr, ..node.arrival(uid(number), at(since)) }).await
+    };
+    let mut open = Vec::new();
+    for number in (0..40).filter(|number| *number != 8) {
+        open.push((number, arrive(number, 1).await));
     }
-    node
+    let leave = async |numbers: &[u32], when: i64| {
+        for (number, connection) in open.iter().filter(|(number, _)| numbers.contains(number)) {
+            node.end(connection, uid(*number), CloseReason::ConnectionLost, at(when)).await;
+        }
+    };
+    leave(&[0, 1, 2, 3, 4, 5], 50_000).await;
+    arrive(8, 60_000).await;
+    leave(&[6, 9], 70_000).await;
+    for number in [6, 9] {
+        node.visit(uid(number), at(70_100), at(70_200)).await;
+    }
 }
 
 /// Who left after the span was there, too; who came after it was not.
