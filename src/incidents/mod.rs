@@ -29,10 +29,11 @@
 //! - are at least [`LEAST_AGENTS`], and three times the usual: a day has its hours.
 //!
 //! The **usual rate** is a median over the whole observation, which begins before the span that is
-//! asked for: an incident that lasts less than half of it does not raise its own measure. The larger
-//! of two counts: the median of such windows, and, for values whose windows are mostly empty, that of
-//! hours plus 0.7, the highest rate whose median is still 0. Windows that touch, or are
-//! less than [`GAP`] apart, are one burst.
+//! asked for: an incident that lasts less than half of it does not raise its own measure. Of these the
+//! largest: the median of such windows; for values whose windows are mostly empty, that of hours plus 0.7,
+//! the highest rate whose median is still 0; and the value's share of what is usual for the fleet, because a
+//! node that lived for an hour has no past of its own. Chance is measured against a busy hour, at most
+//! twice the median, so that noon is no burst. Bursts of one value less than [`GAP`] apart are one.
 //!
 //! # Which cause
 //!
