@@ -8,6 +8,7 @@ mod access;
 mod agents;
 mod connections;
 mod error;
+mod incidents;
 mod mask;
 mod nodes;
 mod orders;
@@ -123,6 +124,7 @@ pub fn router(state: ApiState) -> Router {
         .routes(routes!(nodes::list))
         .routes(routes!(connections::history))
         .routes(routes!(connections::status_history))
+        .routes(routes!(incidents::list))
         .routes(routes!(probes::metrics))
         .split_for_parts();
     let (open, probes) = OpenApiRouter::new()

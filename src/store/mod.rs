@@ -15,6 +15,7 @@ mod dialect;
 mod migrations;
 mod moment;
 mod nodes;
+mod observation;
 mod orders;
 #[cfg(test)]
 mod plans;
@@ -46,6 +47,7 @@ pub use write::{
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::config::Ephemeral;
+use crate::incidents::Observation;
 
 /// A call to the store takes at most this long, then it counts as unavailable.
 pub const CALL_DEADLINE: Duration = Duration::from_secs(10);
@@ -369,9 +371,20 @@ pub trait RetentionStore: Send + Sync {
     async fn forget(&self, before: Moment) -> Result<Forgotten, StoreError>;
 }
 
+/// What incidents are told from.
+#[async_trait]
+pub trait ObservationStore: Send + Sync {
+    /// Reads the connections that ended from `begins` up to `ends`, and those that were open then.
+    ///
+    /// Of more than `most` ends the latest are read, and the observation begins later. Attributes are those of now.
+    async fn observe(&self, begins: Moment, ends: Moment, most: u32) -> Result<Observation, StoreError>;
+}
+
 /// One database that keeps all of it.
 #[async_trait]
-pub trait Store: AgentStore + ConnectionStore + OrderStore + NodeStore + RetentionStore {
+pub trait Store:
+    AgentStore + ConnectionStore + OrderStore + NodeStore + RetentionStore + ObservationStore
+{
     /// True where the database answers and its schema is complete; the error says what is wrong.
     async fn check(&self) -> Result<(), StoreError>;
 

@@ -101,6 +101,7 @@ async fn every_route_is_described() {
         "GET /api/v1/agents/{id}/status",
         "GET /api/v1/agents/{id}/connection-history",
         "GET /api/v1/agents/{id}/status-history",
+        "GET /api/v1/fleet/incidents",
         "GET /api/agent/nodes",
         "GET /metrics",
         "GET /healthz",

@@ -7,6 +7,7 @@
 
 mod access;
 mod description;
+mod incidents;
 mod nodes;
 mod orders;
 mod pages;
@@ -63,6 +64,10 @@ on_both! {
     nodes {
         all_agents_come_in_one_array,
         a_failure_in_the_middle_breaks_the_array_off,
+    }
+    incidents {
+        what_belongs_together_is_one_incident,
+        a_span_has_its_limits,
     }
     pages {
         pages_miss_nobody_who_stays,

@@ -12,6 +12,7 @@ mod lists;
 mod memory;
 mod migrations;
 mod nodes;
+mod observation;
 mod opening;
 mod orders;
 mod polling;
@@ -140,6 +141,10 @@ conformance! {
         who_was_deleted_may_return(store),
         a_uid_is_assigned_once_until_it_is_used(store),
         an_unknown_agent_is_nothing(store),
+    }
+    observation {
+        an_observation_has_all_who_were_connected(store),
+        an_observation_of_too_many_ends_begins_later(store),
     }
     retention {
         what_is_past_its_time_is_forgotten_and_what_is_open_stays(store),

@@ -1,0 +1,96 @@
+//! What happened: disconnects that belong together, with their cause.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::State;
+use serde::Serialize;
+use utoipa::{IntoParams, ToSchema};
+
+use super::ApiState;
+use super::error::{ApiError, BadRequest, Refusals};
+use super::page::Params;
+use crate::clock::Moment;
+use crate::incidents::Incident;
+
+/// The span that is answered for if nobody says.
+const DEFAULT_SPAN: Duration = Duration::from_hours(24);
+
+/// The longest span.
+const MAX_SPAN: Duration = Duration::from_hours(7 * 24);
+
+/// How long before the span the usual rates are measured, too.
+const BEFORE: Duration = Duration::from_hours(6);
+
+/// The most ends that are looked at: enough for a fleet of 18,000 that leaves 25 times a day, and less than 50 MB.
+const MOST_ENDS: u32 = 500_000;
+
+/// What happened in a span.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct IncidentList {
+    /// The beginning of the span.
+    #[schema(value_type = String, format = DateTime)]
+    from: Moment,
+    /// Its end; now, where a later one was asked for.
+    #[schema(value_type = String, format = DateTime)]
+    to: Moment,
+    /// From when on all disconnects were looked at: `from`, or later where there were more than 500,000.
+    #[schema(value_type = String, format = DateTime)]
+    complete_from: Moment,
+    /// The incidents, by their first moment.
+    incidents: Vec<Incident>,
+}
+
+/// Which span.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "described here, read by `Params`")]
+pub(super) struct SpanQuery {
+    /// The beginning, at most 7 days before the end; 24 hours before it, if nobody says
+    #[param(format = DateTime, example = "2026-01-31T00:00:00Z")]
+    from: Option<String>,
+    /// The end; now, if nobody says
+    #[param(format = DateTime, example = "2026-02-01T00:00:00Z")]
+    to: Option<String>,
+}
+
+/// Disconnects that belong together, by cause.
+///
+/// One incident for each cause: a node, a peer address or network, an attribute, else the reason that
+/// they share. Agents that come and go as usual make none. The usual is measured over the span and the 6 hours
+/// before it. Attributes are those that agents report now. What counts is `disconnected_at`, the last
+/// proof that an agent was connected: a crash is told when it was, not when it was noticed.
+#[utoipa::path(get, path = "/api/v1/fleet/incidents", tag = "connections",
+    params(SpanQuery),
+    responses(
+        (status = 200, description = "The incidents of the span", body = IncidentList),
+        BadRequest, Refusals,
+    ))]
+pub(super) async fn list(
+    State(state): State<ApiState>,
+    mut params: Params,
+) -> Result<Json<IncidentList>, ApiError> {
+    let (from, to) = (params.moment("from")?, params.moment("to")?);
+    params.finish()?;
+    let now = state.clock.now();
+    let to = to.map_or(now, |to| to.min(now));
+    let from = from.unwrap_or_else(|| to.before(DEFAULT_SPAN));
+    if from >= to {
+        return Err(ApiError::bad("from", "must be before to, and in the past"));
+    }
+    if to.since(from) > MAX_SPAN {
+        return Err(ApiError::bad("from", "must be at most 7 days before to"));
+    }
+    let observation = state.store.observe(from.before(BEFORE), to, MOST_ENDS).await?;
+    let complete_from = observation.begins().max(from);
+    // Some hundred milliseconds of work: nobody else's request waits for it.
+    let incidents = match tokio::task::spawn_blocking(move || observation.incidents(from)).await {
+        Ok(incidents) => incidents,
+        Err(failed) => match failed.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            // The process ends: so does whoever waits.
+            Err(_cancelled) => std::future::pending().await,
+        },
+    };
+    Ok(Json(IncidentList { from, to, complete_from, incidents }))
+}
