@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::{assert_problem, fields, set};
 use crate::harness::Database;
 use crate::harness::server::TestServer;
-use crate::store::scene::{Node, at, described, opened, uid};
+use crate::store::scene::{Node, at, opened, uid};
 
 /// Agents of a rack, which has a subnet and a version of its own.
 const RACK: u32 = 20;
@@ -42,7 +42,7 @@ async fn seed(database: &Database) {
     let version = |number: u32| if number < 4 * RACK { "1.0.0" } else { "2.0.0" };
     let updates = all.iter().zip(&open).map(|(number, connection)| {
         let attributes = [("service.version", version(*number)), ("cloud.region", "eu-west-1")];
-        Write::UpdateAgent(Box::new(described(connection, uid(*number), at(20), &attributes)))
+        Write::UpdateAgent(Box::new(node.described(connection, uid(*number), at(20), &attributes)))
     });
     store.write(&updates.collect::<Vec<_>>()).await.expect("they are stored");
     let silent = all[..RACK as usize].iter().zip(&open).map(|(number, connection)| {
