@@ -42,12 +42,13 @@
 //! - [`lease`] holds this node's lease and alone says that another node is lost; [`peers`] is what it saw of them.
 //! - [`sweep`] carries out what time alone changes: return times that have passed, stale agents.
 //!   [`retention`] alone forgets.
+//! - [`timeline`] (pure) alone says what is known of a moment in the past: proven, watched, or unknown.
 //! - [`close`] is the closed list of ends, with whose end it is; the status of an agent follows.
 //!
 //! ## Who may know whom
 //!
 //! From the bottom: `proto`, `clock`, `close`, `config`, `site`, `burden` know nothing of ours; `agent` and `wire`
-//! know those; then `store`, `metrics`, `outage`, `peers`, `sight`, `pulse`, `history`, `heartbeat`, `sweep`, `lease` and
+//! know those; then `store`, `metrics` and `timeline`, `outage`, `peers`, `sight`, `pulse`, `history`, `heartbeat`, `sweep`, `lease` and
 //! `retention`, `session`, `safety`, `orders`, `transport` and `api` beside it, `server`, and `healthcheck` apart.
 //! SQL is spoken in `store` only, axum in `api` and `server` only, hyper in `transport` and, as a
 //! client, in `healthcheck` only. A test reads the sources and holds them to it.
@@ -81,5 +82,6 @@ pub mod sight;
 pub mod site;
 pub mod store;
 pub mod sweep;
+pub mod timeline;
 pub mod transport;
 pub mod wire;

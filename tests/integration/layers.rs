@@ -11,7 +11,7 @@ const ORDER: [&[&str]; 14] = [
     &["proto", "clock", "close", "config", "site", "burden"],
     &["agent", "wire"],
     &["store"],
-    &["metrics"],
+    &["metrics", "timeline"],
     &["outage", "peers"],
     &["sight"],
     &["pulse"],
