@@ -3,13 +3,13 @@
 -- The greatest moment before which history was ever deleted; no row where nothing was. Kept as a fact, because the
 -- setting that deleted it may change. One row at most.
 CREATE TABLE history_horizon (
-    only_one boolean PRIMARY KEY DEFAULT true CHECK (only_one),
+    only_one boolean PRIMARY KEY CHECK (only_one),
     forgotten_before timestamptz NOT NULL
 );
 -- What was deleted before there was this table is not on record: the oldest end that is still there bounds it, because
 -- the oldest go first.
-INSERT INTO history_horizon (forgotten_before)
-SELECT greatest(
+INSERT INTO history_horizon (only_one, forgotten_before)
+SELECT true, greatest(
     coalesce((SELECT min(disconnected_at) FROM agent_connection_history WHERE disconnected_at IS NOT NULL), now()),
     coalesce((SELECT min(at) FROM agent_status_log), now())
 )

@@ -98,7 +98,7 @@ where
             let forgotten = Forgotten { connections, transitions, agents: gone.len() as u64 };
             if forgotten != Forgotten::default() {
                 let text = format!(
-                    "INSERT INTO history_horizon (forgotten_before) VALUES ($1) ON CONFLICT (only_one) DO UPDATE
+                    "INSERT INTO history_horizon (only_one, forgotten_before) VALUES (true, $1) ON CONFLICT (only_one) DO UPDATE
                      SET forgotten_before = {}(history_horizon.forgotten_before, excluded.forgotten_before)",
                     D::GREATEST
                 );
