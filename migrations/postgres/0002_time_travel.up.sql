@@ -18,6 +18,8 @@ WHERE EXISTS (SELECT 1 FROM agents);
 -- An agent's row at a moment, and all that decides what is known of it then.
 CREATE INDEX agent_connection_history_past ON agent_connection_history (agent_id, connected_at, id)
     INCLUDE (disconnected_at, disconnected_by, transport);
+-- The connections of all agents that began in a span.
+CREATE INDEX agent_connection_history_connected ON agent_connection_history (connected_at, id);
 -- An agent's first change of status after a moment, and what it was before.
 CREATE INDEX agent_status_log_past ON agent_status_log (agent_id, at, id) INCLUDE (from_status);
 

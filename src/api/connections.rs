@@ -17,7 +17,7 @@ use super::past::{TimeQuery, observer, read_span};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::store::{
-    ConnectionPlace, ConnectionRow, HistoryFilter, PageRequest, Span, Store, StoreError, Transition,
+    ConnectionRow, HistoryFilter, PageRequest, Span, StayPlace, Store, StoreError, Transition,
 };
 
 /// One page of the connection history.
@@ -137,7 +137,7 @@ pub(super) struct FleetConnectionPage {
     /// Its end: what was asked for, cut to now.
     #[schema(value_type = String, format = DateTime)]
     to: Moment,
-    /// The connections, by agent and, for each, in the order of time.
+    /// The connections, oldest first.
     connections: Vec<ConnectionRow>,
     /// The `cursor` of the next page; null on the last one.
     next_cursor: Option<String>,
@@ -145,8 +145,7 @@ pub(super) struct FleetConnectionPage {
 
 /// The connections of all agents in a span.
 ///
-/// Those that were, or may have been, open in it: by agent and, for each, in the order of time. How many there are is
-/// not counted. As NDJSON or CSV all of them, streamed, without pages; an answer that is broken off is incomplete.
+/// Those that were, or may have been, open in it, oldest first. How many there are is not counted. As NDJSON or CSV all of them, streamed, without pages; an answer that is broken off is incomplete.
 #[utoipa::path(get, path = "/api/v1/connection-history", tag = "connections",
     params(TimeQuery, ConnectionPageQuery),
     responses(
@@ -160,7 +159,7 @@ pub(super) async fn history_of_all(
     mut params: Params,
 ) -> Result<Response, ApiError> {
     let span = read_span(&mut params, observer(&state).now)?;
-    let page = if form == Representation::Json { Some(params.page::<ConnectionPlace>()?) } else { None };
+    let page = if form == Representation::Json { Some(params.page::<StayPlace>()?) } else { None };
     params.finish()?;
     let Some(page) = page else {
         let store = Arc::clone(&state.store);
@@ -169,19 +168,20 @@ pub(super) async fn history_of_all(
     let mut rows = state.store.next_connections_of_all(span, page.after, page.limit + 1).await?;
     let more = rows.len() > page.limit as usize;
     rows.truncate(page.limit as usize);
-    let last = rows.last().filter(|_| more).map(|row| place_of(row).to_string());
+    let last = rows.last().filter(|_| more);
+    let last = last.map(|row| format!("{}.{}", row.connected_at.as_micros(), row.id));
     Ok(document(FleetConnectionPage { from: span.from, to: span.to, connections: rows, next_cursor: last }))
 }
 
-fn place_of(row: &ConnectionRow) -> ConnectionPlace {
-    ConnectionPlace { agent: row.agent_id, connected_at: row.connected_at, id: row.id }
+fn place_of(row: &ConnectionRow) -> StayPlace {
+    (row.connected_at, row.id)
 }
 
 /// The connections of all agents.
 struct ConnectionsOfAll {
     store: Arc<dyn Store>,
     span: Span,
-    after: Option<ConnectionPlace>,
+    after: Option<StayPlace>,
     ended: bool,
 }
 

@@ -13,7 +13,7 @@ use utoipa::IntoParams;
 use super::error::ApiError;
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
-use crate::store::{ConnectionPlace, PageRequest};
+use crate::store::{PageRequest, StayPlace};
 
 /// How many items a page has if nobody says.
 const DEFAULT_LIMIT: u32 = 100;
@@ -56,7 +56,7 @@ pub(super) struct ConnectionPageQuery {
     #[param(minimum = 1, maximum = 1000, default = 100, example = 100)]
     limit: Option<u32>,
     /// The `next_cursor` of the page before, as it is: what it holds may change
-    #[param(pattern = "^[0-9a-f-]{36}[.]-?[0-9]{1,18}[.][0-9]{1,18}$")]
+    #[param(pattern = "^[0-9]{1,18}[.][0-9]{1,18}$")]
     cursor: Option<String>,
 }
 
@@ -79,16 +79,10 @@ impl Cursor for i64 {
     }
 }
 
-impl Cursor for ConnectionPlace {
+impl Cursor for StayPlace {
     fn read(text: &str) -> Option<Self> {
-        let mut parts = text.split('.');
-        let (agent, micros, id) = (parts.next()?, parts.next()?, parts.next()?);
-        let place = Self {
-            agent: agent.parse().ok()?,
-            connected_at: Moment::from_micros(micros.parse().ok()?),
-            id: i64::read(id)?,
-        };
-        parts.next().is_none().then_some(place)
+        let (micros, id) = text.split_once('.')?;
+        Some((Moment::from_micros(i64::read(micros)?), i64::read(id)?))
     }
 }
 

@@ -39,8 +39,7 @@ pub use migrations::{MigrationState, Migrations};
 pub use nodes::{Heir, Held, NewNode, NodeStart, Peer};
 pub use orders::{CloseOrder, Deleted, Deletion, Reconnect};
 pub use past::{
-    ConnectionPlace, FleetPast, Observer, PastAgent, PastAgents, PastFilter, PastSummary, Span, Stay,
-    StayPlace, Stays, Watch,
+    FleetPast, Observer, PastAgent, PastAgents, PastFilter, PastSummary, Span, Stay, StayPlace, Stays, Watch,
 };
 pub use retention::Forgotten;
 pub use status_log::Transition;
@@ -409,12 +408,11 @@ pub trait PastStore: Send + Sync {
         page: PageRequest<i64>,
     ) -> Result<Vec<ConnectionRow>, StoreError>;
 
-    /// The next connections of all agents that were, or may have been, open in a span: by agent and, for each, in the
-    /// order of time.
+    /// The next connections of all agents that were, or may have been, open in a span, in the order of time.
     async fn next_connections_of_all(
         &self,
         span: Span,
-        after: Option<ConnectionPlace>,
+        after: Option<StayPlace>,
         limit: u32,
     ) -> Result<Vec<ConnectionRow>, StoreError>;
 }

@@ -8,8 +8,6 @@
 mod statements;
 mod watch;
 
-use std::fmt;
-
 use async_trait::async_trait;
 use serde::Serialize;
 use sqlx::{Decode, Encode, Executor, FromRow, IntoArguments, QueryBuilder, Transaction, Type};
@@ -22,8 +20,8 @@ use super::{ConnectionRow, HistoryFilter, PageRequest, PastStore, Status, StoreE
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 pub(super) use statements::{
-    count_past, select_connections_of_all, select_everybody, select_further_stays, select_past,
-    select_stay_at, select_stays_of_all,
+    count_past, select_changes, select_connections_of_all, select_ends, select_everybody,
+    select_further_stays, select_past, select_stay_at, select_stays_of_all,
 };
 pub use watch::{Observer, Watch};
 
@@ -67,25 +65,8 @@ pub struct Stays {
     pub watch: Watch,
 }
 
-/// A place among the stays of an agent: when one began, and its id.
+/// A place among stays in the order of time: when one began, and its id.
 pub type StayPlace = (Moment, i64);
-
-/// A place among the connections of all agents, which are in the order of agents and, for each, of time.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ConnectionPlace {
-    /// Whose connection.
-    pub agent: InstanceUid,
-    /// When it began.
-    pub connected_at: Moment,
-    /// Its id.
-    pub id: i64,
-}
-
-impl fmt::Display for ConnectionPlace {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}.{}.{}", self.agent, self.connected_at.as_micros(), self.id)
-    }
-}
 
 /// An agent as of a moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -157,8 +138,7 @@ pub struct PastSummary {
 pub struct FleetPast {
     /// Every agent on record: its status at the beginning, none where it was not known yet.
     pub agents: Vec<(Uuid, Option<Status>)>,
-    /// The last stay of each agent that began at or before the beginning, and all that began in the span; for each
-    /// agent in the order of time.
+    /// Those that began before the span and reach into it, and all that began in it, in the order of time.
     pub stays: Vec<(Uuid, Stay)>,
     /// The changes of status after the beginning, in the order of time: whose, when, to which.
     pub changes: Vec<(Uuid, Moment, Status)>,
@@ -334,27 +314,27 @@ where
                 query.build_query_as().fetch_all(&mut *tx).await.map_err(failure::<D>)?;
             // Who was not known yet has no status.
             let agents = agents.into_iter().map(|(id, word)| (id, Status::from_label(&word))).collect();
-            let mut query = QueryBuilder::new("");
-            select_stays_of_all(&mut query, span);
-            let stays: Vec<StayOfAgent> =
-                query.build_query_as().fetch_all(&mut *tx).await.map_err(failure::<D>)?;
+            let mut stays: Vec<StayOfAgent> = Vec::new();
+            for begun in [false, true] {
+                let mut query = QueryBuilder::new("");
+                select_stays_of_all(&mut query, span, begun);
+                stays.extend(
+                    query.build_query_as::<StayOfAgent>().fetch_all(&mut *tx).await.map_err(failure::<D>)?,
+                );
+            }
             let stays = stays.into_iter().map(|row| (row.agent, row.stay)).collect();
-            let changes: Vec<(Uuid, Moment, String)> = sqlx::query_as(statements::CHANGES)
-                .bind(span.from)
-                .bind(span.to)
-                .fetch_all(&mut *tx)
-                .await
-                .map_err(failure::<D>)?;
+            let mut query = QueryBuilder::new("");
+            select_changes(&mut query, span);
+            let changes: Vec<(Uuid, Moment, String)> =
+                query.build_query_as().fetch_all(&mut *tx).await.map_err(failure::<D>)?;
             let changes: Result<Vec<_>, StoreError> = changes
                 .into_iter()
                 .map(|(agent, at, to)| Ok((agent, at, known(&to, Status::from_label)?)))
                 .collect();
-            let ends: Vec<(Moment,)> = sqlx::query_as(statements::ENDS)
-                .bind(span.from)
-                .bind(span.to)
-                .fetch_all(&mut *tx)
-                .await
-                .map_err(failure::<D>)?;
+            let mut query = QueryBuilder::new("");
+            select_ends(&mut query, span);
+            let ends: Vec<(Moment,)> =
+                query.build_query_as().fetch_all(&mut *tx).await.map_err(failure::<D>)?;
             let ends = ends.into_iter().map(|(at,)| at).collect();
             let watch = Self::read_watch(&mut tx, observer).await?;
             Ok(FleetPast { agents, stays, changes: changes?, ends, watch })
@@ -376,12 +356,27 @@ where
     async fn next_connections_of_all(
         &self,
         span: Span,
-        after: Option<ConnectionPlace>,
+        after: Option<StayPlace>,
         limit: u32,
     ) -> Result<Vec<ConnectionRow>, StoreError> {
-        let mut query = QueryBuilder::new("");
-        select_connections_of_all(&mut query, span, after, limit);
-        bounded(async { query.build_query_as().fetch_all(&self.readers).await.map_err(failure::<D>) }).await
+        bounded(async {
+            let mut rows: Vec<ConnectionRow> = Vec::new();
+            // Those that began before the span come first.
+            for begun in [false, true] {
+                let left = limit.saturating_sub(u32::try_from(rows.len()).unwrap_or(u32::MAX));
+                let passed = !begun && after.is_some_and(|(began, _)| began > span.from);
+                if left == 0 || passed {
+                    continue;
+                }
+                let mut query = QueryBuilder::new("");
+                select_connections_of_all(&mut query, span, begun, after, left);
+                let found: Vec<ConnectionRow> =
+                    query.build_query_as().fetch_all(&self.readers).await.map_err(failure::<D>)?;
+                rows.extend(found);
+            }
+            Ok(rows)
+        })
+        .await
     }
 }
 

@@ -5,7 +5,7 @@
 
 use sqlx::{Encode, QueryBuilder, Type};
 
-use super::{ConnectionPlace, PastFilter, Span, StayPlace};
+use super::{PastFilter, Span, StayPlace};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::store::agents::from_matching;
@@ -17,22 +17,33 @@ use crate::store::{AgentFilter, HistoryFilter, PageRequest};
 pub(super) const UNKNOWN: &str = "unknown";
 pub(super) const DISCONNECTED: &str = "disconnected";
 
-/// What a row says about time; `l` is the agent's liveness where the row is open.
+/// What a row `c` says about time.
 const STAY: &str =
     "c.id, c.connected_at, c.disconnected_at, c.disconnected_by, c.disconnect_reason AS reason,
-    c.transport, l.last_seen_at AS confirmed_until";
+    c.transport, CASE WHEN c.disconnected_at IS NULL THEN (SELECT l.last_seen_at FROM agent_liveness l
+        WHERE l.agent_id = c.agent_id) END AS confirmed_until";
 
-const SIGN_OF_LIFE: &str =
-    " LEFT JOIN agent_liveness l ON l.agent_id = c.agent_id AND c.disconnected_at IS NULL";
+/// Adds the query for the changes of status after a span began and before it ends.
+pub(in crate::store) fn select_changes<D>(query: &mut QueryBuilder<D>, span: Span)
+where
+    D: Dialect,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query
+        .push("SELECT s.agent_id, s.at, s.to_status FROM agent_status_log s WHERE s.at > ")
+        .push_bind(span.from);
+    query.push(" AND s.at < ").push_bind(span.to).push(" ORDER BY s.at, s.id");
+}
 
-/// The changes of status in a span.
-pub(super) const CHANGES: &str =
-    "SELECT agent_id, at, to_status FROM agent_status_log WHERE at > $1 AND at < $2
-    ORDER BY at, id";
-
-/// The ends of connections in a span.
-pub(super) const ENDS: &str = "SELECT disconnected_at FROM agent_connection_history
-    WHERE disconnected_at >= $1 AND disconnected_at < $2";
+/// Adds the query for the ends of connections in a span.
+pub(in crate::store) fn select_ends<D>(query: &mut QueryBuilder<D>, span: Span)
+where
+    D: Dialect,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query.push("SELECT c.disconnected_at FROM agent_connection_history c WHERE c.disconnected_at >= ");
+    query.push_bind(span.from).push(" AND c.disconnected_at < ").push_bind(span.to);
+}
 
 /// Adds the query for the last stay of an agent that began at or before a moment.
 pub(in crate::store) fn select_stay_at<D>(query: &mut QueryBuilder<D>, agent: InstanceUid, at: Moment)
@@ -41,7 +52,7 @@ where
     for<'q> uuid::Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    query.push("SELECT ").push(STAY).push(" FROM agent_connection_history c").push(SIGN_OF_LIFE);
+    query.push("SELECT ").push(STAY).push(" FROM agent_connection_history c");
     query.push(" WHERE c.agent_id = ").push_bind(agent.as_uuid());
     query.push(" AND c.connected_at <= ").push_bind(at);
     query.push(" ORDER BY c.agent_id DESC, c.connected_at DESC, c.id DESC LIMIT 1");
@@ -61,7 +72,7 @@ pub(in crate::store) fn select_further_stays<D>(
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
     let (moment, id) = after.unwrap_or((span.from, i64::MAX));
-    query.push("SELECT ").push(STAY).push(" FROM agent_connection_history c").push(SIGN_OF_LIFE);
+    query.push("SELECT ").push(STAY).push(" FROM agent_connection_history c");
     query.push(" WHERE c.agent_id = ").push_bind(agent.as_uuid());
     query.push(" AND (c.connected_at, c.id) > (").push_bind(moment).push(", ").push_bind(id).push(")");
     query.push(" AND c.connected_at < ").push_bind(span.to);
@@ -163,7 +174,7 @@ pub(in crate::store) fn select_past<D>(
              WHERE w.agent_id = p.id AND w.connected_at <= ",
     );
     query.push_bind(at).push(" ORDER BY w.agent_id DESC, w.connected_at DESC, w.id DESC LIMIT 1)");
-    query.push(SIGN_OF_LIFE).push(" ORDER BY p.id");
+    query.push(" ORDER BY p.id");
 }
 
 /// Adds the conditions on what an agent was then.
@@ -203,53 +214,57 @@ where
     query.push(" FROM agents a");
 }
 
-/// Adds the query for the stays of all agents that say something about a span.
-pub(in crate::store) fn select_stays_of_all<D>(query: &mut QueryBuilder<D>, span: Span)
+/// The last row of each agent that began by a moment, as `c`; what follows is the moment.
+const LAST_OF_EACH: &str = " FROM agents a JOIN agent_connection_history c ON c.id = (SELECT w.id
+    FROM agent_connection_history w WHERE w.agent_id = a.id AND w.connected_at <= ";
+
+/// Adds the rows of all agents, as `c`, that reach into a span: `begun` in it, or before it.
+fn push_reaching<D>(query: &mut QueryBuilder<D>, span: Span, begun: bool, joined: &str)
+where
+    D: Dialect,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    if begun {
+        query.push(" FROM agent_connection_history c").push(joined);
+        query.push(" WHERE c.connected_at > ").push_bind(span.from);
+        query.push(" AND c.connected_at < ").push_bind(span.to);
+    } else {
+        // Agent by agent, as there is no other way to a row that may have begun long before.
+        query.push(LAST_OF_EACH).push_bind(span.from);
+        query.push(" ORDER BY w.agent_id DESC, w.connected_at DESC, w.id DESC LIMIT 1)").push(joined);
+        query.push(" WHERE true");
+        narrow(query, HistoryFilter { from: Some(span.from), to: None });
+    }
+}
+
+/// Adds the query for the stays of all agents that reach into a span, and `begun` in it, or before it.
+pub(in crate::store) fn select_stays_of_all<D>(query: &mut QueryBuilder<D>, span: Span, begun: bool)
 where
     D: Dialect,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
     query.push("SELECT c.agent_id AS agent, ").push(STAY);
-    query.push(" FROM agents a CROSS JOIN agent_connection_history c").push(SIGN_OF_LIFE);
-    push_reaching(query, span);
-    query.push(" ORDER BY a.id, c.connected_at, c.id");
+    push_reaching(query, span, begun, "");
+    query.push(" ORDER BY c.connected_at, c.id");
 }
 
-/// Adds the conditions for the rows in `c` of `agents a` that began in a span, and the last one before it.
-fn push_reaching<D>(query: &mut QueryBuilder<D>, span: Span)
-where
-    D: Dialect,
-    for<'q> Moment: Encode<'q, D> + Type<D>,
-{
-    // Agent by agent, as there is no other way to a row that began long before the span. The last one before it is
-    // looked for first, so that both halves are one walk over the index.
-    query.push(
-        " WHERE c.agent_id = a.id AND c.connected_at >= coalesce((SELECT w.connected_at FROM agent_connection_history w
-             WHERE w.agent_id = a.id AND w.connected_at <= ",
-    );
-    query.push_bind(span.from).push(" ORDER BY w.agent_id DESC, w.connected_at DESC, w.id DESC LIMIT 1), ");
-    query.push_bind(span.from).push(") AND c.connected_at < ").push_bind(span.to);
-}
-
-/// Adds the query for the next connections of all agents that were, or may have been, open in a span.
+/// Adds the query for the next connections of all agents that reach into a span, and `begun` in it, or before it.
 pub(in crate::store) fn select_connections_of_all<D>(
     query: &mut QueryBuilder<D>,
     span: Span,
-    after: Option<ConnectionPlace>,
+    begun: bool,
+    after: Option<StayPlace>,
     limit: u32,
 ) where
     D: Dialect,
     for<'q> i64: Encode<'q, D> + Type<D>,
-    for<'q> uuid::Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    query.push(COLUMNS).push(" FROM agents a CROSS JOIN agent_connection_history c").push(LIVENESS);
-    push_reaching(query, span);
-    narrow(query, HistoryFilter { from: Some(span.from), to: None });
-    if let Some(ConnectionPlace { agent, connected_at, id }) = after {
-        query.push(" AND a.id >= ").push_bind(agent.as_uuid());
-        query.push(" AND (a.id, c.connected_at, c.id) > (").push_bind(agent.as_uuid());
-        query.push(", ").push_bind(connected_at).push(", ").push_bind(id).push(")");
+    query.push(COLUMNS);
+    push_reaching(query, span, begun, LIVENESS);
+    if let Some((connected_at, id)) = after {
+        query.push(" AND (c.connected_at, c.id) > (").push_bind(connected_at);
+        query.push(", ").push_bind(id).push(")");
     }
-    query.push(" ORDER BY a.id, c.connected_at, c.id LIMIT ").push_bind(i64::from(limit));
+    query.push(" ORDER BY c.connected_at, c.id LIMIT ").push_bind(i64::from(limit));
 }

@@ -4,6 +4,7 @@
 #![expect(clippy::expect_used, reason = "in a test a panic with a sentence is the report")]
 
 mod days;
+mod guide;
 mod questions;
 mod record;
 

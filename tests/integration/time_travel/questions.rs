@@ -12,9 +12,9 @@ use uuid::Uuid;
 
 use super::days::{DAYS, Days};
 use super::record::Record;
+use crate::harness::Database;
 use crate::harness::http::Http;
 use crate::harness::server::{Ports, TestServer, moment};
-use crate::harness::Database;
 
 /// How many random spans of random agents.
 const SPANS: usize = 500;
@@ -346,7 +346,7 @@ impl Inquiry {
             .filter(|fact| !fact.forgotten && fact.begun < to)
             .filter(|fact| fact.end.as_ref().is_none_or(|end| end.by.unwrap_or(end.at) >= from))
             .collect();
-        expected.sort_by_key(|fact| (fact.agent, fact.begun, fact.id));
+        expected.sort_by_key(|fact| (fact.begun, fact.id));
         let expected: Vec<Value> = expected.iter().map(|fact| json!(fact.id)).collect();
         let found: Vec<Value> = rows.iter().map(|row| row["id"].clone()).collect();
         assert_eq!(found, expected, "{from} to {to}");

@@ -9,11 +9,11 @@ use opamp_server::agent::InstanceUid;
 use opamp_server::clock::Moment;
 use opamp_server::config::Ephemeral;
 use opamp_server::store::{
-    AgentDetail, AgentFilter, AgentRow, AgentStore, AgentSummary, CALL_DEADLINE, CloseOrder, ConnectionPlace,
-    ConnectionRow, ConnectionStore, Deleted, Deletion, FleetPast, Forgotten, Heir, Held, HistoryFilter,
-    NewNode, NodeStart, NodeStore, Observer, OrderStore, Page, PageRequest, PastAgents, PastFilter,
-    PastStore, PastSummary, Peer, PolledConnection, Reconnect, RetentionStore, Sighting, Span, StatusChange,
-    StayPlace, Stays, Store, StoreError, Transition, Watch, Write, Written,
+    AgentDetail, AgentFilter, AgentRow, AgentStore, AgentSummary, CALL_DEADLINE, CloseOrder, ConnectionRow,
+    ConnectionStore, Deleted, Deletion, FleetPast, Forgotten, Heir, Held, HistoryFilter, NewNode, NodeStart,
+    NodeStore, Observer, OrderStore, Page, PageRequest, PastAgents, PastFilter, PastStore, PastSummary, Peer,
+    PolledConnection, Reconnect, RetentionStore, Sighting, Span, StatusChange, StayPlace, Stays, Store,
+    StoreError, Transition, Watch, Write, Written,
 };
 use uuid::Uuid;
 
@@ -374,7 +374,7 @@ impl PastStore for Handle {
     async fn next_connections_of_all(
         &self,
         _span: Span,
-        _after: Option<ConnectionPlace>,
+        _after: Option<StayPlace>,
         _limit: u32,
     ) -> Result<Vec<ConnectionRow>, StoreError> {
         Ok(Vec::new())
