@@ -27,7 +27,7 @@ async fn two_agents(server: &TestServer) -> ([Agent; 2], Socket) {
 #[tokio::test]
 async fn a_timeline_tells_what_was_seen() {
     let server = TestServer::fresh().await;
-    let ([left, stays], _socket) = two_agents(&server).await;
+    let ([left, mut stays], mut socket) = two_agents(&server).await;
     let row = &server.history(left.uid).await[0];
     let told = server.read(&format!("/api/v1/agents/{}/timeline", left.uid)).await;
     assert_eq!(fields(&told), set(["from", "to", "intervals"]));
@@ -46,8 +46,9 @@ async fn a_timeline_tells_what_was_seen() {
     assert_eq!(said, expected, "{told}");
     let now = server.read(&format!("/api/v1/agents/{}/timeline?to=2100-01-01T00:00:00Z", stays.uid)).await;
     assert!(moment(&now["to"]) < Moment::parse("2100-01-01T00:00:00Z").unwrap(), "cut to now: {now}");
-    // Its flush proves it a little later than that.
+    // A later report proves it, once that is on record.
     eventually("it is proven to have been connected", async || {
+        socket.exchange(&stays.report()).await;
         let target = format!("/api/v1/agents/{}/status?as_of={}", stays.uid, now["to"].as_str()?);
         (server.read(&target).await["connected"] == true).then_some(())
     })

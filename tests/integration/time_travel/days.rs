@@ -22,7 +22,7 @@ use crate::store::scene::{
 const AGENTS: u32 = 24;
 
 /// How long the fleet lives.
-pub(super) const DAYS: Duration = Duration::from_hours(60);
+pub(super) const DAYS: Duration = Duration::from_hours(48);
 
 /// The mean time from one event to the next.
 const PACE: u64 = 80_000;

@@ -97,7 +97,7 @@ fn calls() -> Vec<Call> {
     let mut blocks = PAGE.split("\n```").skip(1).step_by(2).map(|block| block.split_once('\n'));
     let mut found = Vec::new();
     while let Some(Some((kind, text))) = blocks.next() {
-        let Some(call) = text.lines().find(|line| kind == "sh" && line.starts_with("curl ")) else {
+        let Some(call) = text.lines().find(|line| kind == "sh" && line.starts_with("curl -s ")) else {
             continue;
         };
         let quoted = |before: &str| call.split_once(before)?.1.split(['"', '\'']).next().map(str::to_owned);

@@ -139,27 +139,23 @@ impl Record {
     /// What can be known of an agent at a moment.
     pub(super) fn known(&self, agent: InstanceUid, at: Moment) -> Known {
         let watched = self.watched(at);
-        let mut reason = None;
-        let facts = || self.facts.iter().filter(|fact| fact.agent == agent && !fact.forgotten);
-        for fact in facts().filter(|fact| fact.begun <= at) {
-            // Whatever an earlier row left open was settled when this one began.
-            let proven_until = fact.end.as_ref().map_or(fact.proof, |end| end.at);
-            let open_until = fact.last_word();
-            let next = facts().map(|other| other.begun).find(|begun| *begun > fact.begun);
-            let last = next.is_none_or(|next| at < next);
-            if at < proven_until {
-                let sure = watched || !fact.polls;
-                let state = if sure { "connected" } else { "unknown" };
-                return Known { state, connection: Some(fact.id), reason: None, watched: sure || watched };
-            }
-            if last && open_until.is_none_or(|until| at < until) {
-                let reason = fact.end.as_ref().map(|end| end.reason);
-                return Known { state: "unknown", connection: Some(fact.id), reason, watched };
-            }
-            reason = fact.end.as_ref().map(|end| end.reason);
+        let begun = |fact: &&Fact| fact.agent == agent && !fact.forgotten && fact.begun <= at;
+        let absent = if watched { "disconnected" } else { "unknown" };
+        // Whatever an earlier row left open was settled when the last one began.
+        let Some(fact) = self.facts.iter().rfind(begun) else {
+            return Known { state: absent, connection: None, reason: None, watched };
+        };
+        let reason = fact.end.as_ref().map(|end| end.reason);
+        let proven_until = fact.end.as_ref().map_or(fact.proof, |end| end.at);
+        if at < proven_until {
+            let sure = watched || !fact.polls;
+            let state = if sure { "connected" } else { "unknown" };
+            return Known { state, connection: Some(fact.id), reason: None, watched: sure };
         }
-        let state = if watched { "disconnected" } else { "unknown" };
-        Known { state, connection: None, reason, watched }
+        if fact.last_word().is_none_or(|until| at < until) {
+            return Known { state: "unknown", connection: Some(fact.id), reason, watched };
+        }
+        Known { state: absent, connection: None, reason, watched }
     }
 
     /// The status of an agent at a moment and since when; none where it is not on record, or was not known yet.
