@@ -1,7 +1,5 @@
 //! What holds for every history: intervals tile the span, and the fleet's counts are sums of what is known of each.
 
-#![expect(clippy::unwrap_used, reason = "in a test a panic is the report")]
-
 use std::time::Duration;
 
 use proptest::collection::vec;

@@ -33,17 +33,17 @@ async fn a_timeline_tells_what_was_seen() {
     assert_eq!(fields(&told), set(["from", "to", "intervals"]));
     let (from, to) = (moment(&told["from"]), moment(&told["to"]));
     assert_eq!(to.since(from), Duration::from_hours(24), "a day, if nobody says");
-    let says = |i: &Value| json!([i["state"], i["reason"], i["watched"], i["connection_id"]]);
+    let said = |i: &Value| json!([i["state"], i["reason"], i["watched"], i["connection_id"]]);
     let intervals = told["intervals"].as_array().unwrap();
     assert_eq!(fields(&intervals[0]), set(["from", "to", "state", "connection_id", "reason", "watched"]));
-    let said: Vec<Value> = intervals.iter().map(says).collect();
+    let told_so: Vec<Value> = intervals.iter().map(said).collect();
     let expected = [
         json!(["unknown", null, false, null]),
         json!(["disconnected", null, true, null]),
         json!(["connected", null, true, row["id"]]),
         json!(["disconnected", "agent_disconnect", true, null]),
     ];
-    assert_eq!(said, expected, "{told}");
+    assert_eq!(told_so, expected, "{told}");
     let now = server.read(&format!("/api/v1/agents/{}/timeline?to=2100-01-01T00:00:00Z", stays.uid)).await;
     assert!(moment(&now["to"]) < Moment::parse("2100-01-01T00:00:00Z").unwrap(), "cut to now: {now}");
     // A later report proves it, once that is on record.

@@ -108,7 +108,7 @@ impl Days {
             }
             50..80 => self.flush().await,
             80..86 => self.judge().await,
-            86..89 => self.crash().await,
+            86..89 => self.crash(),
             89..91 => self.stop().await,
             91..95 if !self.single => self.start().await,
             95..98 if !self.single => self.bury().await,
@@ -127,7 +127,7 @@ impl Days {
     }
 
     async fn agent_acts(&mut self, agent: InstanceUid) {
-        let polls = agent.as_uuid().as_u128() % 4 == 0;
+        let polls = agent.as_uuid().as_u128().is_multiple_of(4);
         let open = self.record.open_of(agent).cloned();
         match open {
             _ if polls => self.polls(agent).await,
@@ -286,7 +286,7 @@ impl Days {
     }
 
     /// A process is gone from one moment to the next, and every link it held.
-    async fn crash(&mut self) {
+    fn crash(&mut self) {
         let node = self.some_node();
         let node = self.nodes.swap_remove(node);
         self.record.life(node.id).runs = false;
@@ -407,7 +407,7 @@ impl Days {
             self.bury().await;
         }
         let name = self.record.life(self.nodes[0].id).name.clone();
-        self.crash().await;
+        self.crash();
         self.pass(1_000, PACE);
         name
     }

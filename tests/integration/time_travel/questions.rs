@@ -329,7 +329,7 @@ impl Inquiry {
         let shown = |value: &Value| match value {
             Value::Null => String::new(),
             Value::String(word) => word.clone(),
-            other => other.to_string(),
+            Value::Bool(_) | Value::Number(_) | Value::Array(_) | Value::Object(_) => value.to_string(),
         };
         let expected: Vec<String> = rows
             .iter()
