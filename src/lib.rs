@@ -43,12 +43,13 @@
 //! - [`sweep`] carries out what time alone changes: return times that have passed, stale agents.
 //!   [`retention`] alone forgets.
 //! - [`incidents`] tells disconnects that belong together from noise, and by which cause (pure).
+//! - [`timeline`] (pure) alone says what is known of a moment in the past: proven, watched, or unknown.
 //! - [`close`] is the closed list of ends, with whose end it is; the status of an agent follows.
 //!
 //! ## Who may know whom
 //!
 //! From the bottom: `proto`, `clock`, `close`, `config`, `site`, `burden` know nothing of ours; `agent` and `wire`
-//! know those, `incidents` stands on `agent`; then `store`, `metrics`, `outage`, `peers`, `sight`, `pulse`, `history`, `heartbeat`, `sweep`, `lease` and
+//! know those, `incidents` stands on `agent`; then `store`, `metrics` and `timeline`, `outage`, `peers`, `sight`, `pulse`, `history`, `heartbeat`, `sweep`, `lease` and
 //! `retention`, `session`, `safety`, `orders`, `transport` and `api` beside it, `server`, and `healthcheck` apart.
 //! SQL is spoken in `store` only, axum in `api` and `server` only, hyper in `transport` and, as a
 //! client, in `healthcheck` only. A test reads the sources and holds them to it.
@@ -83,5 +84,6 @@ pub mod sight;
 pub mod site;
 pub mod store;
 pub mod sweep;
+pub mod timeline;
 pub mod transport;
 pub mod wire;

@@ -14,6 +14,7 @@ use super::ApiState;
 use super::error::{ApiError, BadRequest, Refusals, UnknownAgent};
 use super::mask::mask_value;
 use super::page::{AgentPageQuery, Params};
+use super::past::{self, AsOfQuery, PastCounts, PastItem, PastStatus, read_as_of};
 use crate::agent::{Capabilities, InstanceUid};
 use crate::clock::Moment;
 use crate::store::{AgentDetail, AgentFilter, AgentRow, AgentSummary, ConnectionRow, Status, Transport};
@@ -206,11 +207,45 @@ pub(super) struct AgentStatus {
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct AgentPage {
     /// The agents, by id.
-    agents: Vec<AgentItem>,
+    agents: Vec<Listed>,
     /// How many there are on all pages.
     total: u64,
     /// The `cursor` of the next page; null on the last one.
     next_cursor: Option<String>,
+    /// The moment of which this is known; absent where that is now.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    as_of: Option<Moment>,
+}
+
+/// An agent of a list, as it is or as it was.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub(super) enum Listed {
+    /// As it is.
+    Present(Box<AgentItem>),
+    /// As of a moment.
+    Past(PastItem),
+}
+
+/// What an agent's status rests on, or what it was.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub(super) enum AnyStatus {
+    /// As it is.
+    Present(Box<AgentStatus>),
+    /// As of a moment.
+    Past(PastStatus),
+}
+
+/// The counts, as they are or as they were.
+#[derive(Debug, Serialize, ToSchema)]
+#[serde(untagged)]
+pub(super) enum AnySummary {
+    /// As they are.
+    Present(AgentSummary),
+    /// As of a moment.
+    Past(PastCounts),
 }
 
 /// Which agents.
@@ -249,35 +284,56 @@ pub(super) enum Include {
     Retired,
 }
 
-/// Declares one list of agents: its route, its documentation, and what it narrows.
+/// Declares one list of agents: its route, its documentation, the parameters beside the filters, and what it narrows.
 macro_rules! agent_list {
-    ($name:ident, $path:literal, $doc:literal, $narrow:expr) => {
+    ($name:ident, $path:literal, $doc:literal, [$($query:ident),*], $narrow:expr) => {
         #[doc = $doc]
         #[doc = ""]
         #[doc = "Ordered by id, page by page; `total` counts all pages. Filters combine: all must hold."]
         #[utoipa::path(get, path = $path, tag = "agents",
-            params(FilterQuery, AgentPageQuery),
+            params(FilterQuery, $($query,)* AgentPageQuery),
             responses((status = 200, description = "One page", body = AgentPage), BadRequest, Refusals))]
         pub(super) async fn $name(State(state): State<ApiState>, params: Params) -> Result<Json<AgentPage>, ApiError> {
-            page_of(&state, params, $narrow).await
+            let has_past = !([$(stringify!($query)),*] as [&str; _]).is_empty();
+            page_of(&state, params, has_past, $narrow).await
         }
     };
 }
 
-agent_list!(list, "/api/v1/agents", "Agents, by id.", |_, _| {});
-agent_list!(list_online, "/api/v1/agents/online", "Agents with status online, by id.", |filter, _| {
-    filter.statuses = vec![Status::Online];
-});
-agent_list!(list_offline, "/api/v1/agents/offline", "Agents with status offline, by id.", |filter, _| {
-    filter.statuses = vec![Status::Offline];
-});
-agent_list!(list_error, "/api/v1/agents/error", "Agents with status error, by id.", |filter, _| {
-    filter.statuses = vec![Status::Error];
-});
+agent_list!(list, "/api/v1/agents", "Agents, by id.", [AsOfQuery], |_, _| {});
+agent_list!(
+    list_online,
+    "/api/v1/agents/online",
+    "Agents with status online, by id.",
+    [AsOfQuery],
+    |filter, _| {
+        filter.statuses = vec![Status::Online];
+    }
+);
+agent_list!(
+    list_offline,
+    "/api/v1/agents/offline",
+    "Agents with status offline, by id.",
+    [AsOfQuery],
+    |filter, _| {
+        filter.statuses = vec![Status::Offline];
+    }
+);
+agent_list!(
+    list_error,
+    "/api/v1/agents/error",
+    "Agents with status error, by id.",
+    [AsOfQuery],
+    |filter, _| {
+        filter.statuses = vec![Status::Error];
+    }
+);
+// When an agent was last seen has no history.
 agent_list!(
     list_stale,
     "/api/v1/agents/stale",
     "Agents with status offline or error that were not seen for `sweep.stale_after`, by id.",
+    [],
     |filter, state| {
         filter.statuses = vec![Status::Offline, Status::Error];
         filter.unseen_since = Some(state.clock.now().before(state.stale_after));
@@ -287,17 +343,28 @@ agent_list!(
 async fn page_of(
     state: &ApiState,
     mut params: Params,
+    has_past: bool,
     narrow: impl FnOnce(&mut AgentFilter, &ApiState),
 ) -> Result<Json<AgentPage>, ApiError> {
     let page = params.page::<InstanceUid>()?;
     let mut filter = read_filter(&mut params)?;
+    let as_of = if has_past { read_as_of(&mut params, state.clock.now())? } else { None };
     params.finish()?;
     narrow(&mut filter, state);
+    if let Some(at) = as_of {
+        let page = past::list(state, filter, at, page).await?;
+        return Ok(Json(AgentPage {
+            agents: page.agents.into_iter().map(Listed::Past).collect(),
+            total: page.total,
+            next_cursor: page.last.map(|agent| agent.to_string()),
+            as_of,
+        }));
+    }
     let page = state.store.list_agents(&filter, page).await?;
     let last = page.items.last().filter(|_| page.more);
     let next_cursor = last.map(|row| row.id.to_string());
-    let agents = page.items.into_iter().map(AgentItem::from).collect();
-    Ok(Json(AgentPage { agents, total: page.total, next_cursor }))
+    let agents = page.items.into_iter().map(|row| Listed::Present(Box::new(row.into()))).collect();
+    Ok(Json(AgentPage { agents, total: page.total, next_cursor, as_of: None }))
 }
 
 pub(super) fn read_filter(params: &mut Params) -> Result<AgentFilter, ApiError> {
@@ -318,15 +385,21 @@ pub(super) fn read_filter(params: &mut Params) -> Result<AgentFilter, ApiError> 
 
 /// How many agents have which status and health.
 ///
-/// `total` = `online` + `offline` + `error`: retired agents are counted apart.
+/// `total` = `online` + `offline` + `error`: retired agents are counted apart. As of a moment, `unknown` says of how
+/// many nobody knows whether they were connected, and health is not told.
 #[utoipa::path(get, path = "/api/v1/agents/summary", tag = "agents",
-    responses((status = 200, description = "The counts", body = AgentSummary), BadRequest, Refusals))]
+    params(AsOfQuery),
+    responses((status = 200, description = "The counts", body = AnySummary), BadRequest, Refusals))]
 pub(super) async fn summary(
     State(state): State<ApiState>,
-    params: Params,
-) -> Result<Json<AgentSummary>, ApiError> {
+    mut params: Params,
+) -> Result<Json<AnySummary>, ApiError> {
+    let as_of = read_as_of(&mut params, state.clock.now())?;
     params.finish()?;
-    Ok(Json(state.store.summarize_agents().await?))
+    Ok(Json(match as_of {
+        Some(at) => AnySummary::Past(past::summary(&state, at).await?),
+        None => AnySummary::Present(state.store.summarize_agents().await?),
+    }))
 }
 
 /// Everything known of one agent.
@@ -351,23 +424,31 @@ pub(super) async fn detail(
 
 /// The status of one agent and what it rests on.
 ///
-/// `deadline_at` is the moment at which it goes offline unless it is heard before.
+/// `deadline_at` is the moment at which it goes offline unless it is heard before. As of a moment, `connected` is null
+/// where nobody knows; who had not reported yet is answered 404.
 #[utoipa::path(get, path = "/api/v1/agents/{id}/status", tag = "agents",
-    params(("id" = Uuid, Path, description = "The instance uid", example = "01919d4c-8f2b-7aa0-9d3e-5b1c2d3e4f50")),
+    params(
+        ("id" = Uuid, Path, description = "The instance uid", example = "01919d4c-8f2b-7aa0-9d3e-5b1c2d3e4f50"),
+        AsOfQuery,
+    ),
     responses(
-        (status = 200, description = "The status", body = AgentStatus),
+        (status = 200, description = "The status", body = AnyStatus),
         BadRequest, UnknownAgent, Refusals,
     ))]
 pub(super) async fn status(
     State(state): State<ApiState>,
     AgentId(agent): AgentId,
-    params: Params,
-) -> Result<Json<AgentStatus>, ApiError> {
+    mut params: Params,
+) -> Result<Json<AnyStatus>, ApiError> {
+    let as_of = read_as_of(&mut params, state.clock.now())?;
     params.finish()?;
+    if let Some(at) = as_of {
+        return Ok(Json(AnyStatus::Past(past::status(&state, agent, at).await?)));
+    }
     let row = state.store.get_agent_row(agent).await?.ok_or(ApiError::NoSuchAgent(agent))?;
     let active_connection = state.store.get_active_connection(agent).await?;
     let silence = active_connection.as_ref().map(|open| silence(&state, open.transport, row.poll_silence_ms));
-    Ok(Json(AgentStatus {
+    Ok(Json(AnyStatus::Present(Box::new(AgentStatus {
         agent_id: row.id,
         status: row.status,
         connected: active_connection.is_some(),
@@ -379,7 +460,7 @@ pub(super) async fn status(
         last_disconnected_at: row.last_disconnected_at,
         disconnect_reason: row.disconnect_reason,
         active_connection,
-    }))
+    }))))
 }
 
 /// How long a connection may at least be silent.

@@ -39,6 +39,10 @@ pub(super) enum ApiError {
     AgentConnected(InstanceUid),
     #[error("{0}")]
     Foreign(#[from] Foreign),
+    #[error(
+        "this is answered as application/json, application/x-ndjson or text/csv: let Accept name one of them"
+    )]
+    NotAcceptable,
     #[error("a body must be application/json")]
     UnsupportedMediaType,
     #[error("show the operators' token: Authorization: Bearer <token>")]
@@ -91,6 +95,7 @@ impl ApiError {
             Self::Foreign(Foreign::Origin) => (StatusCode::FORBIDDEN, "foreign-origin", "Foreign origin"),
             Self::Foreign(Foreign::Site) => (StatusCode::FORBIDDEN, "cross-site", "Cross-site request"),
             Self::Foreign(Foreign::Host) => (StatusCode::FORBIDDEN, "foreign-host", "Foreign host"),
+            Self::NotAcceptable => (StatusCode::NOT_ACCEPTABLE, "not-acceptable", "Not acceptable"),
             Self::UnsupportedMediaType => {
                 (StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported-media-type", "Unsupported media type")
             }
@@ -130,6 +135,7 @@ impl ApiError {
             | Self::NotWebsocket(_)
             | Self::AgentConnected(_)
             | Self::Foreign(_)
+            | Self::NotAcceptable
             | Self::UnsupportedMediaType
             | Self::TokenRequired
             | Self::InvalidToken
@@ -212,6 +218,8 @@ problems! {
     BadRequest: [ApiError::bad("limit", "must be 1 to 1000")];
     /// Of every route about one agent.
     UnknownAgent: [ApiError::NoSuchAgent(SOMEBODY)];
+    /// Of every route that has more than one form of answer.
+    OtherForm: [ApiError::NotAcceptable];
     /// Of every route that changes something.
     WrongBody: [ApiError::UnsupportedMediaType];
     NotReconnectable: [ApiError::NotConnected(SOMEBODY), ApiError::NotWebsocket(SOMEBODY)];

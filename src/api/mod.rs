@@ -8,12 +8,15 @@ mod access;
 mod agents;
 mod connections;
 mod error;
+mod export;
 mod incidents;
 mod mask;
 mod nodes;
 mod orders;
 mod page;
+mod past;
 mod probes;
+mod timeline;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -124,6 +127,9 @@ pub fn router(state: ApiState) -> Router {
         .routes(routes!(nodes::list))
         .routes(routes!(connections::history))
         .routes(routes!(connections::status_history))
+        .routes(routes!(connections::history_of_all))
+        .routes(routes!(timeline::of_agent))
+        .routes(routes!(timeline::of_fleet))
         .routes(routes!(incidents::list))
         .routes(routes!(probes::metrics))
         .split_for_parts();

@@ -13,7 +13,7 @@ use utoipa::IntoParams;
 use super::error::ApiError;
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
-use crate::store::PageRequest;
+use crate::store::{PageRequest, StayPlace};
 
 /// How many items a page has if nobody says.
 const DEFAULT_LIMIT: u32 = 100;
@@ -47,6 +47,19 @@ pub(super) struct HistoryPageQuery {
     cursor: Option<String>,
 }
 
+/// Which page of the connections of all agents.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Query)]
+#[expect(dead_code, reason = "described here, read by `Params::page`")]
+pub(super) struct ConnectionPageQuery {
+    /// Items per page
+    #[param(minimum = 1, maximum = 1000, default = 100, example = 100)]
+    limit: Option<u32>,
+    /// The `next_cursor` of the page before, as it is: what it holds may change
+    #[param(pattern = "^[0-9]{1,18}[.][0-9]{1,18}$")]
+    cursor: Option<String>,
+}
+
 /// What the last item of a page is known by.
 pub(super) trait Cursor: Sized {
     /// Reads it as it was given out, and in no other form.
@@ -63,6 +76,13 @@ impl Cursor for i64 {
     fn read(text: &str) -> Option<Self> {
         let digits = text.len() <= 18 && text.bytes().all(|byte| byte.is_ascii_digit());
         text.parse().ok().filter(|_| digits)
+    }
+}
+
+impl Cursor for StayPlace {
+    fn read(text: &str) -> Option<Self> {
+        let (micros, id) = text.split_once('.')?;
+        Some((Moment::from_micros(i64::read(micros)?), i64::read(id)?))
     }
 }
 

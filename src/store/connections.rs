@@ -77,12 +77,12 @@ pub struct PolledConnection {
     pub poll_silence_ms: Option<i64>,
 }
 
-const COLUMNS: &str =
+pub(super) const COLUMNS: &str =
     "SELECT c.id, c.agent_id, c.connected_at, c.disconnected_at, c.disconnected_by, c.duration_seconds,
     c.disconnect_reason, c.remote_addr, c.transport, c.node_id, c.node_seq, c.created_at,
     CASE WHEN c.disconnected_at IS NULL THEN l.last_seen_at END AS confirmed_until";
 
-const LIVENESS: &str = " LEFT JOIN agent_liveness l ON l.agent_id = c.agent_id";
+pub(super) const LIVENESS: &str = " LEFT JOIN agent_liveness l ON l.agent_id = c.agent_id";
 
 impl<D> SqlStore<D>
 where
@@ -169,7 +169,7 @@ pub(super) fn select_connections<D>(
 }
 
 /// Adds the conditions of `filter`.
-fn narrow<D>(query: &mut QueryBuilder<D>, filter: HistoryFilter)
+pub(super) fn narrow<D>(query: &mut QueryBuilder<D>, filter: HistoryFilter)
 where
     D: Dialect,
     for<'q> Moment: Encode<'q, D> + Type<D>,

@@ -32,6 +32,8 @@ pub(super) enum Column {
 pub(super) trait Dialect: Database {
     /// How a writing transaction begins: SQLite takes its one write lock at once.
     const BEGIN: &'static str;
+    /// How a transaction begins whose statements all see one state of the database.
+    const BEGIN_READING: &'static str;
     /// Locks the selected rows of `agents a` until the transaction ends.
     const LOCK_AGENTS: &'static str;
     /// Locks the selected rows and leaves out those that another transaction has locked.
@@ -101,6 +103,7 @@ pub(super) fn rows<D: Dialect>(columns: &[(&str, Column)]) -> String {
 
 impl Dialect for Postgres {
     const BEGIN: &'static str = "BEGIN";
+    const BEGIN_READING: &'static str = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY";
     const LOCK_AGENTS: &'static str = "FOR UPDATE OF a";
     const SKIP_LOCKED: &'static str = "FOR UPDATE SKIP LOCKED";
     const NOW: Option<&'static str> = Some("SELECT clock_timestamp()");
@@ -113,10 +116,16 @@ impl Dialect for Postgres {
     const ANNOUNCE: Option<&'static str> = Some("SELECT pg_notify('opamp_orders', '')");
     const TAKE_TIME: Option<&'static str> = Some("SET LOCAL statement_timeout = '60s'");
     const SINGLE_NODE: bool = false;
-    const MIGRATIONS: &'static [(&'static str, &'static str)] = &[(
-        include_str!("../../migrations/postgres/0001_fleet.up.sql"),
-        include_str!("../../migrations/postgres/0001_fleet.down.sql"),
-    )];
+    const MIGRATIONS: &'static [(&'static str, &'static str)] = &[
+        (
+            include_str!("../../migrations/postgres/0001_fleet.up.sql"),
+            include_str!("../../migrations/postgres/0001_fleet.down.sql"),
+        ),
+        (
+            include_str!("../../migrations/postgres/0002_time_travel.up.sql"),
+            include_str!("../../migrations/postgres/0002_time_travel.down.sql"),
+        ),
+    ];
     const TABLE_EXISTS: &'static str =
         "SELECT count(*) FROM pg_tables WHERE schemaname = current_schema() AND tablename = $1";
     const LOCK_MIGRATIONS: &'static str =
@@ -164,6 +173,7 @@ impl Dialect for Postgres {
 
 impl Dialect for Sqlite {
     const BEGIN: &'static str = "BEGIN IMMEDIATE";
+    const BEGIN_READING: &'static str = "BEGIN";
     const LOCK_AGENTS: &'static str = "";
     const SKIP_LOCKED: &'static str = "";
     const NOW: Option<&'static str> = None;
@@ -181,10 +191,16 @@ impl Dialect for Sqlite {
     const ANNOUNCE: Option<&'static str> = None;
     const TAKE_TIME: Option<&'static str> = None;
     const SINGLE_NODE: bool = true;
-    const MIGRATIONS: &'static [(&'static str, &'static str)] = &[(
-        include_str!("../../migrations/sqlite/0001_fleet.up.sql"),
-        include_str!("../../migrations/sqlite/0001_fleet.down.sql"),
-    )];
+    const MIGRATIONS: &'static [(&'static str, &'static str)] = &[
+        (
+            include_str!("../../migrations/sqlite/0001_fleet.up.sql"),
+            include_str!("../../migrations/sqlite/0001_fleet.down.sql"),
+        ),
+        (
+            include_str!("../../migrations/sqlite/0002_time_travel.up.sql"),
+            include_str!("../../migrations/sqlite/0002_time_travel.down.sql"),
+        ),
+    ];
     const TABLE_EXISTS: &'static str =
         "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = $1";
     const LOCK_MIGRATIONS: &'static str = "SELECT 1";
@@ -284,6 +300,11 @@ impl<D: Dialect> SqlStore<D> {
     /// Begins a writing transaction.
     pub(super) async fn begin(&self) -> Result<Transaction<'static, D>, StoreError> {
         self.writers.begin_with(D::BEGIN).await.map_err(failure::<D>)
+    }
+
+    /// Begins a reading transaction that sees one state of the database.
+    pub(super) async fn begin_reading(&self) -> Result<Transaction<'static, D>, StoreError> {
+        self.readers.begin_with(D::BEGIN_READING).await.map_err(failure::<D>)
     }
 }
 

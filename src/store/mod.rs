@@ -7,7 +7,7 @@
 //! Where operators look for: create and update a connection, upsert an agent → [`Write`]; the active
 //! connection and the history → [`ConnectionStore`]; get, list (online, offline, stale) and retire
 //! agents, last seen, overdue status → [`AgentStore`]; close a connection, delete agents →
-//! [`OrderStore`]; what a restart restores → [`NodeStore`].
+//! [`OrderStore`]; what a restart restores → [`NodeStore`]; what was at a moment → [`PastStore`].
 
 mod agents;
 mod connections;
@@ -17,6 +17,7 @@ mod moment;
 mod nodes;
 mod observation;
 mod orders;
+mod past;
 #[cfg(test)]
 mod plans;
 mod postgres;
@@ -38,6 +39,9 @@ pub use connections::{ConnectionRow, HistoryFilter, PolledConnection};
 pub use migrations::{MigrationState, Migrations};
 pub use nodes::{Heir, Held, NewNode, NodeStart, Peer};
 pub use orders::{CloseOrder, Deleted, Deletion, Reconnect};
+pub use past::{
+    FleetPast, Observer, PastAgent, PastAgents, PastFilter, PastSummary, Span, Stay, StayPlace, Stays, Watch,
+};
 pub use retention::Forgotten;
 pub use status_log::Transition;
 pub use write::{
@@ -363,6 +367,61 @@ pub trait NodeStore: Send + Sync {
     async fn has_living_peer(&self, node: Uuid, at: Moment) -> Result<bool, StoreError>;
 }
 
+/// What was, as of a moment or over a span.
+///
+/// Each call reads one state of the database, and says who watched as that state has it.
+#[async_trait]
+pub trait PastStore: Send + Sync {
+    /// When the fleet was watched, and since when history is whole.
+    async fn watch(&self, observer: Observer) -> Result<Watch, StoreError>;
+
+    /// The next stays of an agent that say something about a span, in the order of time: first the last one that began
+    /// at or before its beginning, if any, then at most `limit` that follow `after`, or the beginning.
+    async fn list_stays(
+        &self,
+        agent: InstanceUid,
+        span: Span,
+        after: Option<StayPlace>,
+        limit: u32,
+        observer: Observer,
+    ) -> Result<Stays, StoreError>;
+
+    /// The agents that match `filter` as of a moment, by id.
+    async fn list_agents_as_of(
+        &self,
+        filter: &PastFilter,
+        at: Moment,
+        page: PageRequest<InstanceUid>,
+        observer: Observer,
+    ) -> Result<PastAgents, StoreError>;
+
+    /// How many agents had which status at a moment, and of how many is known whether they were connected.
+    async fn summarize_as_of(
+        &self,
+        at: Moment,
+        observer: Observer,
+    ) -> Result<(PastSummary, Watch), StoreError>;
+
+    /// Everything that decides the counts of the fleet over a span.
+    async fn read_fleet(&self, span: Span, observer: Observer) -> Result<FleetPast, StoreError>;
+
+    /// The next connections of an agent, newest first, and nothing else: for who reads all of them.
+    async fn next_connections(
+        &self,
+        agent: InstanceUid,
+        filter: HistoryFilter,
+        page: PageRequest<i64>,
+    ) -> Result<Vec<ConnectionRow>, StoreError>;
+
+    /// The next connections of all agents that were, or may have been, open in a span, in the order of time.
+    async fn next_connections_of_all(
+        &self,
+        span: Span,
+        after: Option<StayPlace>,
+        limit: u32,
+    ) -> Result<Vec<ConnectionRow>, StoreError>;
+}
+
 /// What is forgotten in the end.
 #[async_trait]
 pub trait RetentionStore: Send + Sync {
@@ -383,7 +442,7 @@ pub trait ObservationStore: Send + Sync {
 /// One database that keeps all of it.
 #[async_trait]
 pub trait Store:
-    AgentStore + ConnectionStore + OrderStore + NodeStore + RetentionStore + ObservationStore
+    AgentStore + ConnectionStore + OrderStore + NodeStore + PastStore + RetentionStore + ObservationStore
 {
     /// True where the database answers and its schema is complete; the error says what is wrong.
     async fn check(&self) -> Result<(), StoreError>;

@@ -1,4 +1,7 @@
 //! What is forgotten: ended connections and changes of status past their time, then agents nobody knows any more.
+//!
+//! The transaction that forgets says so in `history_horizon`: from then on nobody takes what is missing there for
+//! something that did not happen, whatever the setting becomes.
 
 use async_trait::async_trait;
 use serde_json::{Value, json};
@@ -58,15 +61,17 @@ where
     async fn forget(&self, before: Moment) -> Result<Forgotten, StoreError> {
         bounded(async {
             let mut tx = self.begin().await?;
-            let forget = |table: &str, end: &str| {
+            let forget = |table: &str, end: &str, also: &str| {
                 sql(format!(
                     "DELETE FROM {table} WHERE id IN
-                         (SELECT t.id FROM {table} t WHERE t.{end} < $1 ORDER BY t.{end} LIMIT {BATCH})"
+                         (SELECT t.id FROM {table} t WHERE t.{end} < $1 {also} ORDER BY t.{end} LIMIT {BATCH})"
                 ))
             };
-            let query = sqlx::query(forget("agent_connection_history", "disconnected_at")).bind(before);
+            // A row also says until when nobody knew: it goes once that lies before as well.
+            let known = "AND (t.disconnected_by IS NULL OR t.disconnected_by < $1)";
+            let query = sqlx::query(forget("agent_connection_history", "disconnected_at", known)).bind(before);
             let connections = query.execute(&mut *tx).await.map_err(failure::<D>)?.affected();
-            let query = sqlx::query(forget("agent_status_log", "at")).bind(before);
+            let query = sqlx::query(forget("agent_status_log", "at", "")).bind(before);
             let transitions = query.execute(&mut *tx).await.map_err(failure::<D>)?.affected();
             let text = format!(
                 "SELECT a.id FROM agents a WHERE a.status = 'retired' AND a.retired_at < $1 AND a.connection_id IS NULL
@@ -90,8 +95,17 @@ where
                     query.execute(&mut *tx).await.map_err(failure::<D>)?;
                 }
             }
+            let forgotten = Forgotten { connections, transitions, agents: gone.len() as u64 };
+            if forgotten != Forgotten::default() {
+                let text = format!(
+                    "INSERT INTO history_horizon (only_one, forgotten_before) VALUES (true, $1) ON CONFLICT (only_one) DO UPDATE
+                     SET forgotten_before = {}(history_horizon.forgotten_before, excluded.forgotten_before)",
+                    D::GREATEST
+                );
+                sqlx::query(sql(text)).bind(before).execute(&mut *tx).await.map_err(failure::<D>)?;
+            }
             tx.commit().await.map_err(failure::<D>)?;
-            Ok(Forgotten { connections, transitions, agents: gone.len() as u64 })
+            Ok(forgotten)
         })
         .await
     }

@@ -12,7 +12,7 @@ const ORDER: [&[&str]; 15] = [
     &["agent", "wire"],
     &["incidents"],
     &["store"],
-    &["metrics"],
+    &["metrics", "timeline"],
     &["outage", "peers"],
     &["sight"],
     &["pulse"],

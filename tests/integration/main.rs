@@ -14,3 +14,4 @@ mod protocol;
 mod rest;
 mod shutdown;
 mod store;
+mod time_travel;

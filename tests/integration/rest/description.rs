@@ -101,6 +101,9 @@ async fn every_route_is_described() {
         "GET /api/v1/agents/{id}/status",
         "GET /api/v1/agents/{id}/connection-history",
         "GET /api/v1/agents/{id}/status-history",
+        "GET /api/v1/agents/{id}/timeline",
+        "GET /api/v1/connection-history",
+        "GET /api/v1/fleet/timeline",
         "GET /api/v1/fleet/incidents",
         "GET /api/agent/nodes",
         "GET /metrics",
@@ -133,6 +136,7 @@ async fn every_route_is_described() {
             ("404", path.contains("{id}")),
             ("409", path.ends_with("/reconnect") || (method == "DELETE" && path.contains("{id}"))),
             ("415", method != "GET"),
+            ("406", path.ends_with("/connection-history") || path.ends_with("{id}/timeline")),
         ];
         for (code, expected) in wanted {
             assert_eq!(codes.contains(code), expected, "{place}: {code} of {codes:?}");

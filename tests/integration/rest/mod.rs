@@ -11,6 +11,7 @@ mod incidents;
 mod nodes;
 mod orders;
 mod pages;
+mod past;
 
 use std::collections::BTreeSet;
 
@@ -71,6 +72,9 @@ on_both! {
     }
     pages {
         pages_miss_nobody_who_stays,
+    }
+    past {
+        a_long_history_is_streamed_whole_or_broken_off,
     }
     description {
         every_wrong_parameter_is_named,

@@ -1,7 +1,9 @@
 //! Migrations: both directions with rows in the tables, and what a binary refuses to run on.
 
+use std::sync::Arc;
+
 use opamp_server::close::CloseReason;
-use opamp_server::store::{self, Sighting, StoreError};
+use opamp_server::store::{self, Observer, Sighting, Store, StoreError};
 use serde_json::json;
 
 use super::scene::{Node, at, create, history, row, uid, update};
@@ -142,4 +144,22 @@ pub(super) async fn stores_that_start_together_migrate_once(database: &Database)
         database.raw().await.number("SELECT count(*) FROM schema_versions WHERE version = 1").await,
         1
     );
+}
+
+/// What an older binary deleted is not on record: the oldest end that is left bounds what can be said.
+pub(super) async fn an_upgrade_takes_the_oldest_end_for_the_horizon(database: &Database) {
+    let store = database.open().await;
+    let node = Node::start(&store, "a", at(0)).await;
+    node.visit(uid(1), at(10), at(20)).await;
+    node.visit(uid(1), at(30), at(40)).await;
+    let observer = Observer { node: node.id, now: at(100) };
+    let horizon = async |store: &Arc<dyn Store>| store.watch(observer).await.map(|watch| watch.horizon());
+    assert_eq!(horizon(&store).await, Ok(None), "nothing was deleted");
+    let migrations = store::migrations(database.url(), true).await.expect("the database answers");
+    let state = migrations.down().await.expect("it goes down");
+    assert_eq!(state.version(), 1);
+    let raw = database.raw().await;
+    assert_eq!(raw.number("SELECT count(*) FROM agent_connection_history").await, 2, "down takes no history");
+    migrations.up().await.expect("it goes up");
+    assert_eq!(horizon(&database.open().await).await, Ok(Some(at(20))));
 }

@@ -150,6 +150,8 @@ conformance! {
         what_is_past_its_time_is_forgotten_and_what_is_open_stays(store),
         retired_agents_without_history_are_forgotten(database),
         much_is_forgotten_in_batches(database),
+        how_far_history_was_forgotten_is_kept(store),
+        a_row_stays_while_it_speaks_of_later_time(store),
     }
     orders {
         an_order_is_for_the_open_connection(database),
@@ -190,6 +192,7 @@ conformance! {
         an_unknown_breaking_migration_is_refused(database),
         an_unknown_migration_that_breaks_nothing_is_tolerated(database),
         stores_that_start_together_migrate_once(database),
+        an_upgrade_takes_the_oldest_end_for_the_horizon(database),
     }
     schedules {
         any_schedule_keeps_the_history_true(database),

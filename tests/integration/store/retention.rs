@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
+use opamp_server::clock::Moment;
 use opamp_server::close::CloseReason;
-use opamp_server::store::{Forgotten, Status, Store};
+use opamp_server::store::{Forgotten, Observer, Status, Store};
+use uuid::Uuid;
 
 use super::scene::{Node, at, history, row, status_log, uid};
 use crate::harness::Database;
@@ -68,4 +70,41 @@ pub(super) async fn much_is_forgotten_in_batches(database: &Database) {
     assert_eq!((first.connections, first.may_be_more()), (1_000, true));
     let second = store.forget(at(100)).await.expect("the store answers");
     assert_eq!((second.connections, second.may_be_more()), (501, false));
+}
+
+async fn horizon(store: &Arc<dyn Store>) -> Option<Moment> {
+    let watch = store.watch(Observer { node: Uuid::nil(), now: at(9_000) }).await;
+    watch.expect("the store answers").horizon()
+}
+
+/// What was deleted is a fact: it moves on with what is forgotten, never back, and not where nothing was there to forget.
+pub(super) async fn how_far_history_was_forgotten_is_kept(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    node.visit(uid(1), at(10), at(20)).await;
+    node.visit(uid(1), at(200), at(300)).await;
+    assert_eq!(store.forget(at(5)).await, Ok(Forgotten::default()));
+    assert_eq!(horizon(&store).await, None, "nothing was there");
+    store.forget(at(100)).await.expect("the store answers");
+    assert_eq!(horizon(&store).await, Some(at(100)));
+    store.forget(at(150)).await.expect("the store answers");
+    assert_eq!(horizon(&store).await, Some(at(100)), "nothing more was there");
+    store.forget(at(400)).await.expect("the store answers");
+    node.visit(uid(1), at(40), at(50)).await;
+    store.forget(at(500)).await.expect("the store answers");
+    let last = horizon(&store).await;
+    assert_eq!(last, Some(at(500)));
+    store.forget(at(450)).await.expect("the store answers");
+    assert_eq!(horizon(&store).await, last, "it never goes back");
+}
+
+/// A row says until when nobody knew: it stays until that is past its time as well.
+pub(super) async fn a_row_stays_while_it_speaks_of_later_time(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    let opened = node.open(uid(1), at(10)).await;
+    let mut unseen = node.end_of(&opened, uid(1), CloseReason::HeartbeatTimeout, at(20));
+    unseen.disconnected_by = Some(at(80));
+    super::scene::end(&store, unseen).await;
+    assert_eq!(store.forget(at(50)).await.map(|forgotten| forgotten.connections), Ok(0));
+    assert_eq!(store.forget(at(80)).await.map(|forgotten| forgotten.connections), Ok(0));
+    assert_eq!(store.forget(at(81)).await.map(|forgotten| forgotten.connections), Ok(1));
 }

@@ -11,9 +11,10 @@ use opamp_server::config::Ephemeral;
 use opamp_server::incidents::Observation;
 use opamp_server::store::{
     AgentDetail, AgentFilter, AgentRow, AgentStore, AgentSummary, CALL_DEADLINE, CloseOrder, ConnectionRow,
-    ConnectionStore, Deleted, Deletion, Forgotten, Heir, Held, HistoryFilter, NewNode, NodeStart, NodeStore,
-    ObservationStore, OrderStore, Page, PageRequest, Peer, PolledConnection, Reconnect, RetentionStore,
-    Sighting, StatusChange, Store, StoreError, Transition, Write, Written,
+    ConnectionStore, Deleted, Deletion, FleetPast, Forgotten, Heir, Held, HistoryFilter, NewNode, NodeStart,
+    NodeStore, ObservationStore, Observer, OrderStore, Page, PageRequest, PastAgents, PastFilter, PastStore,
+    PastSummary, Peer, PolledConnection, Reconnect, RetentionStore, Sighting, Span, StatusChange, StayPlace,
+    Stays, Store, StoreError, Transition, Watch, Write, Written,
 };
 use uuid::Uuid;
 
@@ -317,6 +318,66 @@ impl NodeStore for Handle {
             records.peers(node).iter().any(|peer| at.since(peer.renewed_at) <= peer.lease)
         })
         .await
+    }
+}
+
+/// The simulation looks at the present: nobody asks it about the past.
+#[async_trait]
+impl PastStore for Handle {
+    async fn watch(&self, _observer: Observer) -> Result<Watch, StoreError> {
+        Ok(Watch::default())
+    }
+
+    async fn list_stays(
+        &self,
+        _agent: InstanceUid,
+        _span: Span,
+        _after: Option<StayPlace>,
+        _limit: u32,
+        _observer: Observer,
+    ) -> Result<Stays, StoreError> {
+        Ok(Stays { stays: Vec::new(), more: false, watch: Watch::default() })
+    }
+
+    async fn list_agents_as_of(
+        &self,
+        _filter: &PastFilter,
+        _at: Moment,
+        _page: PageRequest<InstanceUid>,
+        _observer: Observer,
+    ) -> Result<PastAgents, StoreError> {
+        Ok(PastAgents { agents: Vec::new(), total: 0, more: false, watch: Watch::default() })
+    }
+
+    async fn summarize_as_of(
+        &self,
+        _at: Moment,
+        _observer: Observer,
+    ) -> Result<(PastSummary, Watch), StoreError> {
+        Ok((PastSummary::default(), Watch::default()))
+    }
+
+    async fn read_fleet(&self, _span: Span, _observer: Observer) -> Result<FleetPast, StoreError> {
+        let watch = Watch::default();
+        Ok(FleetPast { agents: Vec::new(), stays: Vec::new(), changes: Vec::new(), ends: Vec::new(), watch })
+    }
+
+    async fn next_connections(
+        &self,
+        _agent: InstanceUid,
+        _filter: HistoryFilter,
+        _page: PageRequest<i64>,
+    ) -> Result<Vec<ConnectionRow>, StoreError> {
+        Ok(Vec::new())
+    }
+
+    async fn next_connections_of_all(
+        &self,
+        _span: Span,
+        _after: Option<StayPlace>,
+        _limit: u32,
+    ) -> Result<Vec<ConnectionRow>, StoreError> {
+        Ok(Vec::new())
     }
 }
 

@@ -623,10 +623,10 @@ impl Records {
 
     /// True where the node that opens or ends connections is not marked as ended.
     pub(crate) fn may_write(&self, batch: &[Write]) -> bool {
-        let node = batch.iter().find_map(|write| match write {
-            Write::CreateConnection(new) => Some(new.node_id),
-            Write::UpdateConnection(end) => Some(end.node_id),
-            Write::UpdateAgent(update) => Some(update.node_id),
+        let node = batch.first().map(|write| match write {
+            Write::CreateConnection(new) => new.node_id,
+            Write::UpdateConnection(end) => end.node_id,
+            Write::UpdateAgent(update) => update.node_id,
         });
         node.is_none_or(|node| self.nodes.iter().any(|row| row.id == node && row.ended_at.is_none()))
     }

@@ -1,0 +1,270 @@
+//! The statements of questions about the past.
+//!
+//! One index holds each agent's rows by when they began, another its changes of status, both with what decides: an
+//! agent as of a moment costs one step into each, however long its history is.
+
+use sqlx::{Encode, QueryBuilder, Type};
+
+use super::{PastFilter, Span, StayPlace};
+use crate::agent::InstanceUid;
+use crate::clock::Moment;
+use crate::store::agents::from_matching;
+use crate::store::connections::{COLUMNS, LIVENESS, narrow};
+use crate::store::dialect::Dialect;
+use crate::store::{AgentFilter, HistoryFilter, PageRequest};
+
+/// The words for an agent that was not connected, by what is known; a connected one's word is its transport.
+pub(super) const UNKNOWN: &str = "unknown";
+pub(super) const DISCONNECTED: &str = "disconnected";
+
+/// What a row `c` says about time.
+const STAY: &str =
+    "c.id, c.connected_at, c.disconnected_at, c.disconnected_by, c.disconnect_reason AS reason,
+    c.transport, CASE WHEN c.disconnected_at IS NULL THEN (SELECT l.last_seen_at FROM agent_liveness l
+        WHERE l.agent_id = c.agent_id) END AS confirmed_until";
+
+/// Adds the query for the changes of status after a span began and before it ends.
+pub(in crate::store) fn select_changes<D>(query: &mut QueryBuilder<D>, span: Span)
+where
+    D: Dialect,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query
+        .push("SELECT s.agent_id, s.at, s.to_status FROM agent_status_log s WHERE s.at > ")
+        .push_bind(span.from);
+    query.push(" AND s.at < ").push_bind(span.to).push(" ORDER BY s.at, s.id");
+}
+
+/// Adds the query for the ends of connections in a span.
+pub(in crate::store) fn select_ends<D>(query: &mut QueryBuilder<D>, span: Span)
+where
+    D: Dialect,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query.push("SELECT c.disconnected_at FROM agent_connection_history c WHERE c.disconnected_at >= ");
+    query.push_bind(span.from).push(" AND c.disconnected_at < ").push_bind(span.to);
+}
+
+/// Adds the query for the last stay of an agent that began at or before a moment.
+pub(in crate::store) fn select_stay_at<D>(query: &mut QueryBuilder<D>, agent: InstanceUid, at: Moment)
+where
+    D: Dialect,
+    for<'q> uuid::Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query.push("SELECT ").push(STAY).push(" FROM agent_connection_history c");
+    query.push(" WHERE c.agent_id = ").push_bind(agent.as_uuid());
+    query.push(" AND c.connected_at <= ").push_bind(at);
+    query.push(" ORDER BY c.agent_id DESC, c.connected_at DESC, c.id DESC LIMIT 1");
+}
+
+/// Adds the query for the next stays of an agent that began after a span did and before it ends.
+pub(in crate::store) fn select_further_stays<D>(
+    query: &mut QueryBuilder<D>,
+    agent: InstanceUid,
+    span: Span,
+    after: Option<StayPlace>,
+    limit: u32,
+) where
+    D: Dialect,
+    for<'q> i64: Encode<'q, D> + Type<D>,
+    for<'q> uuid::Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    let (moment, id) = after.unwrap_or((span.from, i64::MAX));
+    query.push("SELECT ").push(STAY).push(" FROM agent_connection_history c");
+    query.push(" WHERE c.agent_id = ").push_bind(agent.as_uuid());
+    query.push(" AND (c.connected_at, c.id) > (").push_bind(moment).push(", ").push_bind(id).push(")");
+    query.push(" AND c.connected_at < ").push_bind(span.to);
+    query.push(" ORDER BY c.agent_id, c.connected_at, c.id LIMIT ").push_bind(i64::from(limit));
+}
+
+/// Adds the expression for the status of `agents a` at a moment; `none` where it was not known yet.
+///
+/// That is what the first change after it began from, and the present one where there was none.
+fn push_status<D>(query: &mut QueryBuilder<D>, at: Moment)
+where
+    D: Dialect,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query.push(
+        "coalesce((SELECT coalesce(s.from_status, 'none') FROM agent_status_log s WHERE s.agent_id = a.id AND s.at > ",
+    );
+    query.push_bind(at).push(" ORDER BY s.agent_id, s.at, s.id LIMIT 1), a.status)");
+}
+
+/// Adds the expression for what is known of the connectedness of `agents a` at a moment.
+///
+/// The rule of `timeline`, in SQL: what a WebSocket's row proves stays proven; where nobody watched, nothing else is known.
+fn push_state<D>(query: &mut QueryBuilder<D>, at: Moment, watched: bool)
+where
+    D: Dialect,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    let (polled, absent) = if watched { ("'http'", DISCONNECTED) } else { ("'unknown'", UNKNOWN) };
+    query.push("coalesce((SELECT CASE WHEN CASE WHEN c.disconnected_at IS NULL THEN (SELECT l.last_seen_at FROM agent_liveness l WHERE l.agent_id = c.agent_id) ELSE c.disconnected_at END > ");
+    query.push_bind(at);
+    query.push(format!(" THEN CASE WHEN c.transport = 'websocket' THEN 'websocket' ELSE {polled} END"));
+    query.push(" WHEN c.disconnected_at IS NULL OR c.disconnected_by > ").push_bind(at);
+    query.push(format!(" THEN '{UNKNOWN}' ELSE '{absent}' END FROM agent_connection_history c"));
+    query.push(" WHERE c.agent_id = a.id AND c.connected_at <= ").push_bind(at);
+    query.push(format!(" ORDER BY c.agent_id DESC, c.connected_at DESC, c.id DESC LIMIT 1), '{absent}')"));
+}
+
+/// Adds the query for how many agents had which status and which state at a moment.
+pub(in crate::store) fn count_past<D>(query: &mut QueryBuilder<D>, at: Moment, watched: bool)
+where
+    D: Dialect,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    // Worked out once for each agent, not once for each mention.
+    query.push("WITH everybody AS MATERIALIZED (SELECT ");
+    push_status(query, at);
+    query.push(" AS status, ");
+    push_state(query, at, watched);
+    query.push(
+        " AS state FROM agents a) SELECT e.status, e.state, count(*) FROM everybody e GROUP BY e.status, e.state",
+    );
+}
+
+/// Adds the query for the next agents that match as of a moment, by id, each with the total; one row without an agent
+/// where there is none.
+pub(in crate::store) fn select_past<D>(
+    query: &mut QueryBuilder<D>,
+    filter: &PastFilter,
+    at: Moment,
+    watched: bool,
+    page: PageRequest<InstanceUid>,
+) where
+    D: Dialect,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> bool: Encode<'q, D> + Type<D>,
+    for<'q> i64: Encode<'q, D> + Type<D>,
+    for<'q> uuid::Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query.push("WITH everybody AS MATERIALIZED (SELECT a.id, ");
+    push_status(query, at);
+    query.push(" AS status");
+    if filter.connected.is_some() || filter.transport.is_some() {
+        query.push(", ");
+        push_state(query, at, watched);
+        query.push(" AS state");
+    }
+    let named = AgentFilter {
+        id: filter.id,
+        prefix: filter.prefix.clone(),
+        include_retired: true,
+        ..AgentFilter::default()
+    };
+    from_matching(query, &named);
+    query.push(") SELECT t.total, p.id AS agent, p.status, (SELECT max(s.at) FROM agent_status_log s WHERE s.agent_id = p.id AND s.at <= ");
+    query.push_bind(at).push(") AS since, ").push(STAY);
+    query.push(" FROM (SELECT count(*) AS total FROM everybody e");
+    push_matching(query, filter);
+    query.push(") t LEFT JOIN (SELECT e.id, e.status FROM everybody e");
+    push_matching(query, filter);
+    if let Some(after) = page.after {
+        query.push(" AND e.id > ").push_bind(after.as_uuid());
+    }
+    query.push(" ORDER BY e.id LIMIT ").push_bind(i64::from(page.limit));
+    query.push(
+        ") p ON true LEFT JOIN agent_connection_history c ON c.id = (SELECT w.id FROM agent_connection_history w
+             WHERE w.agent_id = p.id AND w.connected_at <= ",
+    );
+    query.push_bind(at).push(" ORDER BY w.agent_id DESC, w.connected_at DESC, w.id DESC LIMIT 1)");
+    query.push(" ORDER BY p.id");
+}
+
+/// Adds the conditions on what an agent was then.
+fn push_matching<D>(query: &mut QueryBuilder<D>, filter: &PastFilter)
+where
+    D: Dialect,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+{
+    query.push(" WHERE e.status <> 'none'");
+    if !filter.statuses.is_empty() {
+        let mut list = query.push(" AND e.status IN (").separated(", ");
+        for status in &filter.statuses {
+            list.push_bind(status.label());
+        }
+        query.push(")");
+    } else if !filter.include_retired {
+        query.push(" AND e.status <> 'retired'");
+    }
+    match filter.connected {
+        Some(true) => query.push(format!(" AND e.state NOT IN ('{UNKNOWN}', '{DISCONNECTED}')")),
+        Some(false) => query.push(format!(" AND e.state = '{DISCONNECTED}'")),
+        None => query,
+    };
+    if let Some(transport) = filter.transport {
+        query.push(" AND e.state = ").push_bind(transport.label());
+    }
+}
+
+/// Adds the query for every agent on record and its status at a moment.
+pub(in crate::store) fn select_everybody<D>(query: &mut QueryBuilder<D>, at: Moment)
+where
+    D: Dialect,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query.push("SELECT a.id, ");
+    push_status(query, at);
+    query.push(" FROM agents a");
+}
+
+/// The last row of each agent that began by a moment, as `c`; what follows is the moment.
+const LAST_OF_EACH: &str = " FROM agents a JOIN agent_connection_history c ON c.id = (SELECT w.id
+    FROM agent_connection_history w WHERE w.agent_id = a.id AND w.connected_at <= ";
+
+/// Adds the rows of all agents, as `c`, that reach into a span: `begun` in it, or before it.
+fn push_reaching<D>(query: &mut QueryBuilder<D>, span: Span, begun: bool, joined: &str)
+where
+    D: Dialect,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    if begun {
+        query.push(" FROM agent_connection_history c").push(joined);
+        query.push(" WHERE c.connected_at > ").push_bind(span.from);
+        query.push(" AND c.connected_at < ").push_bind(span.to);
+    } else {
+        // Agent by agent, as there is no other way to a row that may have begun long before.
+        query.push(LAST_OF_EACH).push_bind(span.from);
+        query.push(" ORDER BY w.agent_id DESC, w.connected_at DESC, w.id DESC LIMIT 1)").push(joined);
+        query.push(" WHERE true");
+        narrow(query, HistoryFilter { from: Some(span.from), to: None });
+    }
+}
+
+/// Adds the query for the stays of all agents that reach into a span, and `begun` in it, or before it.
+pub(in crate::store) fn select_stays_of_all<D>(query: &mut QueryBuilder<D>, span: Span, begun: bool)
+where
+    D: Dialect,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query.push("SELECT c.agent_id AS agent, ").push(STAY);
+    push_reaching(query, span, begun, "");
+    query.push(" ORDER BY c.connected_at, c.id");
+}
+
+/// Adds the query for the next connections of all agents that reach into a span, and `begun` in it, or before it.
+pub(in crate::store) fn select_connections_of_all<D>(
+    query: &mut QueryBuilder<D>,
+    span: Span,
+    begun: bool,
+    after: Option<StayPlace>,
+    limit: u32,
+) where
+    D: Dialect,
+    for<'q> i64: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query.push(COLUMNS);
+    push_reaching(query, span, begun, LIVENESS);
+    if let Some((connected_at, id)) = after {
+        query.push(" AND (c.connected_at, c.id) > (").push_bind(connected_at);
+        query.push(", ").push_bind(id).push(")");
+    }
+    query.push(" ORDER BY c.connected_at, c.id LIMIT ").push_bind(i64::from(limit));
+}
