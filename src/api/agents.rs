@@ -181,25 +181,28 @@ pub(super) struct AgentStatus {
     /// True while it has an open connection.
     connected: bool,
     /// What it says of its health; null until it says so.
+    #[schema(required)]
     healthy: Option<bool>,
     /// Since when it has this status.
     #[schema(value_type = String, format = DateTime)]
     since: Moment,
     /// When it goes offline unless it is heard before; null where no verdict is due.
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, required)]
     deadline_at: Option<Moment>,
     /// The last sign of life on record.
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, required)]
     last_seen_at: Option<Moment>,
     /// When it connected last.
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, required)]
     last_connected_at: Option<Moment>,
     /// When its last connection ended.
-    #[schema(value_type = Option<String>, format = DateTime)]
+    #[schema(value_type = Option<String>, format = DateTime, required)]
     last_disconnected_at: Option<Moment>,
     /// Why its last connection ended.
+    #[schema(required)]
     disconnect_reason: Option<String>,
     /// The open connection.
+    #[schema(required)]
     active_connection: Option<ConnectionRow>,
 }
 

@@ -80,6 +80,12 @@ impl OpenConnection {
         self.sighted.fetch_max(at.as_micros(), Ordering::Relaxed);
     }
 
+    /// The latest sign of life that this node handed to the store.
+    #[must_use]
+    pub fn sighted(&self) -> Moment {
+        Moment::from_micros(self.sighted.load(Ordering::Relaxed))
+    }
+
     /// Notes an end that is on record already, because a newer connection took over.
     pub fn abandon(&self, reason: CloseReason) {
         if self.claim_end(reason) {
@@ -367,7 +373,6 @@ impl History {
         // What is read after a time in which nothing was may have happened at any moment of it.
         let shown = matches!(noticed, Noticed::Seen | Noticed::SeenAt(_));
         let seen = shown && connection.proof(sight, tick) == tick;
-        let sighted = Moment::from_micros(connection.sighted.load(Ordering::Relaxed));
         // Who lost its connection while newcomers are refused could not have kept it: nobody said good-bye.
         let server_caused = reason.cause() == Cause::Server
             || reason == CloseReason::ConnectionLost && sight.is_refusing(tick);
@@ -382,7 +387,8 @@ impl History {
             sequence_num: number,
             unsaved,
             offline_at: server_caused.then(|| now.after(self.shared.expected.return_time())),
-            unless_seen_after: (noticed == Noticed::Unheard).then_some(last_seen_at.max(sighted)),
+            unless_seen_after: (noticed == Noticed::Unheard)
+                .then_some(last_seen_at.max(connection.sighted())),
             node_id: self.shared.node_id,
         };
         self.shared.unrecorded.send_modify(|ends| *ends += 1);

@@ -136,7 +136,8 @@ impl Session {
             number: report.sequence_num,
             older: older.as_deref(),
             spare: (!is_legacy(&report.instance_uid)).then(InstanceUid::generate),
-            peer_lost: services.peers.lost_at(),
+            // Who is about to be lost may have heard it and told nobody.
+            peer_lost: if services.peers.is_unsure() { Some(heard) } else { services.peers.lost_at() },
         };
         let mut opened = match services.history.open(opening).await? {
             Opens::Connection(opened) => opened,
@@ -343,7 +344,7 @@ impl Session {
             agent: self.connection.agent,
             connection_id: self.connection.id,
             at,
-            read_at: if late { at } else { self.services.clock.moment(heard) },
+            read_at: if late { at.max(self.connection.sighted()) } else { self.services.clock.moment(heard) },
             sequence_num: next.stored_number(),
             capabilities: next.capabilities(),
             documents: inbound.work(move |report| Documents::take(report, parts)).await,

@@ -118,7 +118,7 @@ async fn the_page_shows_what_is_answered() {
     store.close().await;
     let server = TestServer::on(&database, |config| config.node.name = Some("edge-a".to_owned())).await;
     let calls = calls();
-    assert_eq!(calls.len(), 10, "ten questions");
+    assert_eq!(calls.len(), 11, "eleven questions");
     let mut wrong = Vec::new();
     for Call { target, accept, answer } in calls {
         let headers: Vec<(&str, &str)> = accept.iter().map(|form| ("Accept", form.as_str())).collect();

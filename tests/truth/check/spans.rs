@@ -5,7 +5,7 @@ use std::time::Duration;
 use opamp_server::clock::Moment;
 
 use super::Case;
-use crate::bounds::{CLOCK, EARLIEST, LAG, READ, TIMEOUT};
+use crate::bounds::{CLOCK, EARLIEST, LAG, READ, RETURN_TIME, TIMEOUT};
 use crate::record::{AgentRecord, End, Stay, Trouble, Way};
 
 /// A time between two moments.
@@ -109,8 +109,10 @@ impl Case<'_> {
             }
             (Way::Http, End::Silence) => {
                 let goes_on = next.is_some_and(|next| {
-                    next.way == Way::Http
-                        && next.hello.since(stay.last_sent) <= longest_silence(self.agent) + READ
+                    // A server that could not hear it a moment ago excuses it for the return time.
+                    let deaf = || self.evidence.disturbed(None, next.hello.before(RETURN_TIME), next.hello);
+                    let in_time = next.hello.since(stay.last_sent) <= longest_silence(self.agent) + READ;
+                    next.way == Way::Http && (in_time || deaf())
                 });
                 let heard = self.evidence.read_by(gone, &[Trouble::Lag, Trouble::Stopped]);
                 (!goes_on).then_some(heard)
