@@ -2,16 +2,22 @@
 
 use std::path::PathBuf;
 use std::str::FromStr;
+use std::time::Duration;
 
 use async_trait::async_trait;
+use sqlx::error::DatabaseError;
 use sqlx::sqlite::{SqliteConnectOptions, SqliteJournalMode, SqlitePoolOptions, SqliteSynchronous};
-use sqlx::{ConnectOptions, Sqlite};
+use sqlx::{ConnectOptions, Sqlite, SqlitePool};
+use tokio::time::Instant;
 
 use super::dialect::{LockPlace, SqlStore, bounded, failure};
 use super::{CALL_DEADLINE, Store, StoreError};
 
 /// The cache of a connection that reads, 16 MiB: the indexes of a large fleet stay in it.
 const READER_CACHE: &str = "-16384";
+
+/// How long a look at a file that another process holds is put off.
+const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
 /// Opens the store, a file that is made where it is missing, and brings its schema up to date.
 pub(super) async fn open(
@@ -58,12 +64,8 @@ pub(super) async fn connect(
         | StoreError::Rejected(_)
         | StoreError::Schema(_)) => error,
     };
-    let writers = pool(1)
-        .idle_timeout(None)
-        .max_lifetime(None)
-        .connect_with(options.clone())
-        .await
-        .map_err(unusable)?;
+    let writer = pool(1).idle_timeout(None).max_lifetime(None);
+    let writers = connect_writer(writer, &options).await.map_err(unusable)?;
     let readers = if in_memory {
         // A database in memory is private to its one connection.
         writers.clone()
@@ -79,6 +81,30 @@ pub(super) async fn connect(
         LockPlace::File(PathBuf::from(lock))
     };
     Ok(SqlStore { writers, readers, name_lock: tokio::sync::Mutex::default(), lock_place })
+}
+
+/// Opens the connection that writes.
+///
+/// A file becomes one in WAL mode when it is opened first. Where another process is at that, `SQLite` fails at once,
+/// whatever `busy_timeout` says: it is tried again for as long.
+async fn connect_writer(
+    pool: SqlitePoolOptions,
+    options: &SqliteConnectOptions,
+) -> Result<SqlitePool, sqlx::Error> {
+    let deadline = Instant::now() + CALL_DEADLINE;
+    loop {
+        match pool.clone().connect_with(options.clone()).await {
+            Err(sqlx::Error::Database(error)) if is_busy(error.as_ref()) && Instant::now() < deadline => {
+                tokio::time::sleep(BUSY_PAUSE).await;
+            }
+            result => return result,
+        }
+    }
+}
+
+/// True where another connection holds the file: `SQLITE_BUSY`, in the low byte of the code.
+fn is_busy(error: &dyn DatabaseError) -> bool {
+    error.code().and_then(|code| code.parse::<i32>().ok()).is_some_and(|code| code & 0xff == 5)
 }
 
 #[async_trait]
