@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use tokio::net::TcpListener;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -478,6 +478,7 @@ fn api_state(
         expected: *services.history.expected(),
         stale_after: config.sweep.stale_after,
         stopping,
+        turns: Arc::new(Semaphore::new(api::TURNS)),
     }
 }
 

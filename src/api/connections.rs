@@ -13,7 +13,7 @@ use super::agents::AgentId;
 use super::error::{ApiError, BadRequest, OtherForm, Refusals, UnknownAgent};
 use super::export::{BATCH, Representation, Source, document, stream_all};
 use super::page::{ConnectionPageQuery, HistoryPageQuery, Params};
-use super::past::{TimeQuery, observer, read_span};
+use super::past::{TimeQuery, observer, span_of};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::store::{
@@ -158,9 +158,13 @@ pub(super) async fn history_of_all(
     form: Representation,
     mut params: Params,
 ) -> Result<Response, ApiError> {
-    let span = read_span(&mut params, observer(&state).now)?;
+    let (from, to) = (params.moment("from")?, params.moment("to")?);
+    let span = span_of(from, to, observer(&state).now)?;
     let page = if form == Representation::Json { Some(params.page::<StayPlace>()?) } else { None };
     params.finish()?;
+    if page.is_some_and(|page| page.after.is_some()) && (from.is_none() || to.is_none()) {
+        return Err(ApiError::bad("cursor", "needs the from and to that the first page answered"));
+    }
     let Some(page) = page else {
         let store = Arc::clone(&state.store);
         return stream_all(form, ConnectionsOfAll { store, span, after: None, ended: false }).await;

@@ -51,6 +51,10 @@ pub(super) enum ApiError {
     InvalidToken,
     #[error("the store is unavailable")]
     StoreUnavailable,
+    #[error(
+        "few questions about the past of the whole fleet are answered at once, and others came first: ask again"
+    )]
+    Busy,
     #[error("the store holds data this server cannot read")]
     Internal,
 }
@@ -104,6 +108,7 @@ impl ApiError {
             Self::StoreUnavailable => {
                 (StatusCode::SERVICE_UNAVAILABLE, "store-unavailable", "Store unavailable")
             }
+            Self::Busy => (StatusCode::SERVICE_UNAVAILABLE, "busy", "Busy"),
             Self::Internal => (StatusCode::INTERNAL_SERVER_ERROR, "internal-error", "Internal error"),
         }
     }
@@ -140,6 +145,7 @@ impl ApiError {
             | Self::TokenRequired
             | Self::InvalidToken
             | Self::StoreUnavailable
+            | Self::Busy
             | Self::Internal => None,
         };
         (status, Problem { r#type, title, status: status.as_u16(), detail: self.to_string(), parameter })
@@ -212,7 +218,7 @@ problems! {
     /// Of every route that needs the token and the store.
     Refusals: [
         Foreign::Origin.into(), Foreign::Site.into(), Foreign::Host.into(),
-        ApiError::TokenRequired, ApiError::InvalidToken, ApiError::StoreUnavailable, ApiError::Internal,
+        ApiError::TokenRequired, ApiError::InvalidToken, ApiError::StoreUnavailable, ApiError::Busy, ApiError::Internal,
     ];
     /// Of every route with parameters, and for those that others do not have.
     BadRequest: [ApiError::bad("limit", "must be 1 to 1000")];

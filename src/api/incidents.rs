@@ -10,6 +10,7 @@ use utoipa::{IntoParams, ToSchema};
 use super::ApiState;
 use super::error::{ApiError, BadRequest, Refusals};
 use super::page::Params;
+use super::past::{observer, refuse_forgotten};
 use crate::clock::Moment;
 use crate::incidents::Incident;
 
@@ -81,16 +82,21 @@ pub(super) async fn list(
     if to.since(from) > MAX_SPAN {
         return Err(ApiError::bad("from", "must be at most 7 days before to"));
     }
-    let observation = state.store.observe(from.before(BEFORE), to, MOST_ENDS).await?;
+    let watch = state.store.watch(observer(&state)).await?;
+    refuse_forgotten("from", from, &watch)?;
+    let turn = state.turn().await?;
+    // Hours of which history was forgotten are not hours without a disconnect.
+    let begins = from.before(BEFORE).max(watch.horizon().unwrap_or_default());
+    let observation = state.store.observe(begins, to, MOST_ENDS).await?;
     let complete_from = observation.begins().max(from);
     // Some hundred milliseconds of work: nobody else's request waits for it.
-    let incidents = match tokio::task::spawn_blocking(move || observation.incidents(from)).await {
-        Ok(incidents) => incidents,
-        Err(failed) => match failed.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            // The process ends: so does whoever waits.
-            Err(_cancelled) => std::future::pending().await,
-        },
-    };
+    let told = tokio::task::spawn_blocking(move || {
+        let _until_told = turn;
+        observation.incidents(from)
+    });
+    let incidents = told.await.map_err(|error| {
+        tracing::error!(%error, "the incidents of a span could not be told");
+        ApiError::Internal
+    })?;
     Ok(Json(IncidentList { from, to, complete_from, incidents }))
 }

@@ -20,11 +20,12 @@ mod timeline;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
+use std::time::Duration;
 
 use axum::http::{Method, Uri};
 use axum::routing::get;
 use axum::{Json, Router, middleware};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, Http, HttpAuthScheme, SecurityScheme};
 use utoipa::{Modify, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
@@ -63,6 +64,23 @@ pub struct ApiState {
     pub stale_after: std::time::Duration,
     /// True once the server stops.
     pub stopping: Arc<AtomicBool>,
+    /// Whose turn it is to ask of the past of the whole fleet; see [`TURNS`].
+    pub turns: Arc<Semaphore>,
+}
+
+/// How many questions about the past of the whole fleet are answered at once. Each reads much and holds a connection to
+/// the store for as long: leases and agents need theirs.
+pub const TURNS: usize = 2;
+
+/// How long such a question waits for its turn.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+impl ApiState {
+    /// Waits for the turn of a question about the past of the whole fleet; it lasts until what is answered is dropped.
+    async fn turn(&self) -> Result<OwnedSemaphorePermit, ApiError> {
+        let turn = Arc::clone(&self.turns).acquire_owned();
+        tokio::time::timeout(PATIENCE, turn).await.ok().and_then(Result::ok).ok_or(ApiError::Busy)
+    }
 }
 
 impl std::fmt::Debug for ApiState {

@@ -53,6 +53,11 @@ pub(super) fn observer(state: &ApiState) -> Observer {
 /// Takes `from` and `to`, cut to now.
 pub(super) fn read_span(params: &mut Params, now: Moment) -> Result<Span, ApiError> {
     let (from, to) = (params.moment("from")?, params.moment("to")?);
+    span_of(from, to, now)
+}
+
+/// The span between two moments that somebody may have named.
+pub(super) fn span_of(from: Option<Moment>, to: Option<Moment>, now: Moment) -> Result<Span, ApiError> {
     let to = to.map_or(now, |to| to.min(now));
     let from = from.unwrap_or_else(|| to.before(DEFAULT_SPAN));
     if from >= to {
@@ -176,6 +181,7 @@ pub(super) async fn list(
         prefix: filter.prefix,
         include_retired: filter.include_retired,
     };
+    let _turn = state.turn().await?;
     let found = state.store.list_agents_as_of(&filter, at, page, observer(state)).await?;
     refuse_forgotten("as_of", at, &found.watch)?;
     let item = |agent: &PastAgent| PastItem { id: agent.id, known: PastKnown::new(agent, at, &found.watch) };
@@ -198,6 +204,7 @@ pub(super) async fn status(state: &ApiState, agent: InstanceUid, at: Moment) -> 
 
 /// The counts as of a moment.
 pub(super) async fn summary(state: &ApiState, at: Moment) -> Result<PastCounts, ApiError> {
+    let _turn = state.turn().await?;
     let (counts, watch) = state.store.summarize_as_of(at, observer(state)).await?;
     refuse_forgotten("as_of", at, &watch)?;
     Ok(PastCounts { as_of: at, counts })

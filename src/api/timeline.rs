@@ -17,7 +17,7 @@ use super::page::Params;
 use super::past::{TimeQuery, observer, read_span, refuse_forgotten};
 use crate::agent::InstanceUid;
 use crate::clock::{Moment, micros};
-use crate::store::{Observer, Span, Stay, Store, StoreError};
+use crate::store::{MOST_ROWS, Observer, Span, Stay, Store, StoreError};
 use crate::timeline::fleet::{Step, steps};
 use crate::timeline::{Interval, append, intervals};
 
@@ -192,10 +192,21 @@ pub(super) async fn of_fleet(
     let span = read_span(&mut params, observer.now)?;
     let step = read_step(&mut params, span)?;
     params.finish()?;
-    let past = state.store.read_fleet(span, observer).await?;
+    refuse_forgotten("from", span.from, &state.store.watch(observer).await?)?;
+    let turn = state.turn().await?;
+    let Some(past) = state.store.read_fleet(span, observer).await? else {
+        let text =
+            format!("leaves more than {MOST_ROWS} connections or changes of status to read: ask for less");
+        return Err(ApiError::bad("from", text));
+    };
+    // It may have been forgotten meanwhile.
     refuse_forgotten("from", span.from, &past.watch)?;
     // Of a large fleet this takes longer than links may wait for their turn.
-    let told = tokio::task::spawn_blocking(move || steps(&past, span, step)).await;
+    let told = tokio::task::spawn_blocking(move || {
+        let _until_counted = turn;
+        steps(&past, span, step)
+    });
+    let told = told.await;
     let steps = told.map_err(|error| {
         tracing::error!(%error, "the steps of a fleet's timeline could not be counted");
         ApiError::Internal

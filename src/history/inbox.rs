@@ -433,6 +433,7 @@ mod tests {
             node_id: Uuid::nil(),
             node_seq: 0,
             at: Moment::from_micros(3),
+            seen_at: Moment::from_micros(3),
             number: 1,
             older: None,
             spare: None,

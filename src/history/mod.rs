@@ -299,6 +299,7 @@ impl History {
     pub async fn open(&self, opening: Opening<'_>) -> Result<Opens, StoreError> {
         let Opening { agent, transport, remote_addr, heard, number, older, spare, peer_lost } = opening;
         let now = self.shared.clock.moment(heard);
+        let proof = if transport == Transport::Http { self.shared.sight.proof(heard) } else { heard };
         let new = NewConnection {
             agent,
             transport,
@@ -306,6 +307,7 @@ impl History {
             node_id: self.shared.node_id,
             node_seq: self.shared.node_seq.fetch_add(1, Ordering::Relaxed),
             at: now,
+            seen_at: self.shared.clock.moment(proof),
             number,
             older: older.map(|older| Older {
                 connection_id: older.id,

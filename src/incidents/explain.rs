@@ -65,8 +65,21 @@ impl Candidate {
     }
 }
 
+impl Observation {
+    /// The incidents that reach into the span from `from` to the end of the observation, by their first moment.
+    #[must_use]
+    pub fn incidents(&self, from: Moment) -> Vec<Incident> {
+        let mut incidents = incidents(self);
+        incidents.retain(|incident| incident.last >= from);
+        incidents
+    }
+}
+
+/// The most causes that are told of an observation, those that explain best.
+const MOST_INCIDENTS: usize = 200;
+
 /// The incidents of an observation, by their first moment.
-pub(super) fn incidents(observation: &Observation) -> Vec<Incident> {
+fn incidents(observation: &Observation) -> Vec<Incident> {
     let mut stays = observation.stays.clone();
     stays.sort_unstable_by_key(|stay| (stay.until(), stay.since, stay.agent));
     let mut scene = Scene::of(observation, &stays);
@@ -76,7 +89,9 @@ pub(super) fn incidents(observation: &Observation) -> Vec<Incident> {
     let mut candidates: Vec<Candidate> =
         all.into_iter().flat_map(|value| scene.candidates(value, span)).collect();
     let mut found: Vec<(ValueNumber, Vec<u32>, Candidate)> = Vec::new();
-    while let Some(best) = best(&candidates, &scene) {
+    while found.len() < MOST_INCIDENTS
+        && let Some(best) = best(&candidates, &scene)
+    {
         let best = candidates.swap_remove(best);
         let members: Vec<u32> = scene.departed(best.value, best.first, best.last).collect();
         for place in &members {

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use uuid::Uuid;
 
-use super::{CauseKind, Incident, explain};
+use super::CauseKind;
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::close::CloseReason;
@@ -160,14 +160,6 @@ impl Observation {
         if let Some(number) = self.nodes.get(&node) {
             self.node_names.insert(*number, name.to_owned());
         }
-    }
-
-    /// The incidents that reach into the span from `from` to the end of the observation, by their first moment.
-    #[must_use]
-    pub fn incidents(&self, from: Moment) -> Vec<Incident> {
-        let mut incidents = explain::incidents(self);
-        incidents.retain(|incident| incident.last >= from);
-        incidents
     }
 
     fn number(&mut self, agent: InstanceUid) -> AgentNumber {

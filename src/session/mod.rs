@@ -104,16 +104,20 @@ enum Standing {
     Doubtful,
 }
 
-/// Whether a report is the one that opened its session.
+/// What a report finds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Arrival {
-    First,
-    Later,
+    /// A connection that it has just made.
+    Newcomer,
+    /// A row with which its session goes on from now.
+    Continued,
+    /// A session that knows its agent.
+    Known,
 }
 
 /// Whose conversation a first report opened.
 enum Opened {
-    Session(Session),
+    Session(Session, Arrival),
     /// Another agent's, which is to use the uid in here.
     Rival(Rival),
 }
@@ -166,7 +170,8 @@ impl Session {
         };
         session.services.hub.enter(&session.connection);
         session.services.watch.over(Arc::clone(&session.connection), Tick::default()).await;
-        Ok(Opened::Session(session))
+        let arrival = if opened.continued { Arrival::Continued } else { Arrival::Newcomer };
+        Ok(Opened::Session(session, arrival))
     }
 
     /// Makes sure that a poller which may have been at another node since its last poll here still has its row.
@@ -179,14 +184,18 @@ impl Session {
         if self.standing == Standing::Sure && !missed {
             return Ok(true);
         }
-        let late = self.standing == Standing::Doubtful || heard > self.deadline();
+        // What lay on a socket while this process was stopped came in time, if it came before that.
+        let late = self.standing == Standing::Doubtful
+            || self.connection.proof(&services.sight, heard) > self.deadline();
         if services.outage.is_away() {
             // A poll that is refused counts as a sign of life, and makes nothing sure.
             self.standing = if late { Standing::Doubtful } else { Standing::Unsure };
             // Who was away for longer than its time comes like a newcomer.
             return if late { Err(unavailable()) } else { Ok(true) };
         }
-        if late {
+        if late || !self.connection.pulse.is_followed_by(number) {
+            // Until that is done, nothing is sure. Who was elsewhere has its number on record.
+            self.standing = Standing::Doubtful;
             return Ok(false);
         }
         match services.store.get_active_connection(self.connection.agent).await {
@@ -307,14 +316,15 @@ impl Session {
         if change.kind == Kind::Repeat {
             return Ok(Taken::Answered(self.answered));
         }
-        let late = arrival == Arrival::Later && self.may_be_overtaken(heard);
+        let late = arrival != Arrival::Newcomer && self.may_be_overtaken(heard);
+        let late = late.then_some(arrival);
         if change.must_save && !Box::pin(self.save(inbound, &next, change.parts, heard, late)).await? {
             next = self.state.past(inbound.report.sequence_num);
             change.ask_full_state = true;
         }
         self.adopt(next, change, false);
         if change.leaves || change.requests_uid {
-            let noticed = if late { Noticed::Unheard } else { Noticed::SeenAt(heard) };
+            let noticed = if late.is_some() { Noticed::Unheard } else { Noticed::SeenAt(heard) };
             Box::pin(self.finish(&inbound.report, change, noticed)).await?;
         }
         Ok(Taken::Answered(self.answered))
@@ -336,26 +346,32 @@ impl Session {
         next: &AgentState,
         parts: PartSet,
         heard: Tick,
-        late: bool,
+        late: Option<Arrival>,
     ) -> Result<bool, Refusal> {
         let at = self.services.clock.moment(self.connection.proof(&self.services.sight, heard));
+        // What this node told the store itself overtakes nothing. What a row said at its opening does.
+        let read_at = match late {
+            None => self.services.clock.moment(heard).max(self.connection.sighted()),
+            Some(Arrival::Continued | Arrival::Newcomer) => at,
+            Some(Arrival::Known) => at.max(self.connection.sighted()),
+        };
         self.connection.note_sighting(at);
         let update = AgentUpdate {
             agent: self.connection.agent,
             connection_id: self.connection.id,
             at,
-            read_at: if late { at.max(self.connection.sighted()) } else { self.services.clock.moment(heard) },
+            read_at,
             sequence_num: next.stored_number(),
             capabilities: next.capabilities(),
             documents: inbound.work(move |report| Documents::take(report, parts)).await,
-            late,
+            late: late.is_some(),
             node_id: self.services.history.node_id(),
         };
         match self.services.history.save(&self.connection, update, inbound.share.take()).await {
             // A change that is kept is answered as if it were stored: should the process crash before it is,
             // the stored number does not continue, and full state is asked for.
             Ok(Saved::Stored | Saved::Kept) => Ok(true),
-            Ok(Saved::Superseded) if late && self.is_on_record().await => Ok(false),
+            Ok(Saved::Superseded) if late.is_some() && self.is_on_record().await => Ok(false),
             Ok(Saved::Superseded) => {
                 // Another node opened a newer connection of this agent.
                 self.connection.abandon(CloseReason::Superseded);
@@ -454,7 +470,7 @@ pub async fn exchange(
     let result = match (slot.as_mut(), sure) {
         (_, Err(refusal)) => Err(refusal),
         (Some(session), _) if session.connection.ended().is_some() => Err(unavailable()),
-        (Some(session), Ok(true)) => session.on_report(inbound, heard, Arrival::Later).await,
+        (Some(session), Ok(true)) => session.on_report(inbound, heard, Arrival::Known).await,
         (Some(_), Ok(false)) | (None, _) if closing => Err(unavailable()),
         (Some(_), Ok(false)) | (None, _) => {
             Box::pin(first_report(services, slot, origin, agent, inbound)).await
@@ -497,8 +513,8 @@ async fn first_report(
     if report.agent_disconnect.is_some() && !polls_on(services, origin, agent).await? {
         return Ok(Taken::Answered(Answer::default()));
     }
-    let session = match Session::open(services, origin, agent, report).await {
-        Ok(Opened::Session(session)) => slot.insert(session),
+    let (session, arrival) = match Session::open(services, origin, agent, report).await {
+        Ok(Opened::Session(session, arrival)) => (slot.insert(session), arrival),
         Ok(Opened::Rival(rival)) => return Ok(Taken::Rival(rival)),
         Err(error) => {
             origin.link.refuse();
@@ -515,7 +531,7 @@ async fn first_report(
         }
         return Err(unavailable());
     }
-    session.on_report(inbound, origin.link.last_byte(), Arrival::First).await
+    session.on_report(inbound, origin.link.last_byte(), arrival).await
 }
 
 /// True where this is a poll of an agent whose polls are on record as an open connection.

@@ -62,6 +62,8 @@ pub(super) trait Dialect: Database {
     const ANNOUNCE: Option<&'static str>;
     /// Gives one transaction more time than a call has, where sessions limit that themselves.
     const TAKE_TIME: Option<&'static str>;
+    /// As that, for migrations: an index over a long history takes as long as it takes.
+    const TAKE_ALL_TIME: Option<&'static str>;
     /// True where all nodes on one database share one lock, so that whoever holds it is alone.
     const SINGLE_NODE: bool;
     /// Up and down script of each migration, by number from 1.
@@ -115,6 +117,7 @@ impl Dialect for Postgres {
     const GREATEST: &'static str = "greatest";
     const ANNOUNCE: Option<&'static str> = Some("SELECT pg_notify('opamp_orders', '')");
     const TAKE_TIME: Option<&'static str> = Some("SET LOCAL statement_timeout = '60s'");
+    const TAKE_ALL_TIME: Option<&'static str> = Some("SET LOCAL statement_timeout = 0");
     const SINGLE_NODE: bool = false;
     const MIGRATIONS: &'static [(&'static str, &'static str)] = &[
         (
@@ -190,6 +193,7 @@ impl Dialect for Sqlite {
     const GREATEST: &'static str = "max";
     const ANNOUNCE: Option<&'static str> = None;
     const TAKE_TIME: Option<&'static str> = None;
+    const TAKE_ALL_TIME: Option<&'static str> = None;
     const SINGLE_NODE: bool = true;
     const MIGRATIONS: &'static [(&'static str, &'static str)] = &[
         (

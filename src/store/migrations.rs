@@ -137,6 +137,9 @@ where
         choose: impl Fn(&MigrationState) -> Vec<&'static str> + Send,
     ) -> Result<MigrationState, StoreError> {
         let mut tx = self.begin().await?;
+        if let Some(text) = D::TAKE_ALL_TIME {
+            sqlx::query(text).execute(&mut *tx).await.map_err(failure::<D>)?;
+        }
         sqlx::query(D::LOCK_MIGRATIONS).execute(&mut *tx).await.map_err(failure::<D>)?;
         let state = Self::read_state(&mut tx).await?;
         state.refuse_unknown()?;

@@ -40,7 +40,8 @@ pub use migrations::{MigrationState, Migrations};
 pub use nodes::{Heir, Held, NewNode, NodeStart, Peer};
 pub use orders::{CloseOrder, Deleted, Deletion, Reconnect};
 pub use past::{
-    FleetPast, Observer, PastAgent, PastAgents, PastFilter, PastSummary, Span, Stay, StayPlace, Stays, Watch,
+    FleetPast, MOST_ROWS, Observer, PastAgent, PastAgents, PastFilter, PastSummary, Span, Stay, StayPlace,
+    Stays, Watch,
 };
 pub use retention::Forgotten;
 pub use status_log::Transition;
@@ -402,8 +403,8 @@ pub trait PastStore: Send + Sync {
         observer: Observer,
     ) -> Result<(PastSummary, Watch), StoreError>;
 
-    /// Everything that decides the counts of the fleet over a span.
-    async fn read_fleet(&self, span: Span, observer: Observer) -> Result<FleetPast, StoreError>;
+    /// Everything that decides the counts of the fleet over a span; none where that is more than [`MOST_ROWS`].
+    async fn read_fleet(&self, span: Span, observer: Observer) -> Result<Option<FleetPast>, StoreError>;
 
     /// The next connections of an agent, newest first, and nothing else: for who reads all of them.
     async fn next_connections(

@@ -174,8 +174,8 @@ macro_rules! statements {
                 select_further_stays(query, somebody, span, after, 1_000);
             });
         }
-        add("changes of status in a span".to_owned(), &|query| select_changes(query, span));
-        add("ends in a span".to_owned(), &|query| select_ends(query, span));
+        add("changes of status in a span".to_owned(), &|query| select_changes(query, span, 500_001));
+        add("ends in a span".to_owned(), &|query| select_ends(query, span, 500_001));
         for filter in past_filters() {
             for after in [None, Some(somebody)] {
                 let page = PageRequest { after, limit: 101 };
@@ -188,7 +188,7 @@ macro_rules! statements {
         add(format!("{EVERYBODY} with status at a moment"), &|query| select_everybody(query, at));
         for begun in [false, true] {
             let whose = if begun { "newcomers among everybody" } else { EVERYBODY };
-            add(format!("{whose} over a span"), &|query| select_stays_of_all(query, span, begun));
+            add(format!("{whose} over a span"), &|query| select_stays_of_all(query, span, begun, 500_001));
             for after in [None, Some((at, 7))] {
                 add(format!("{whose} with connections in a span"), &|query| {
                     select_connections_of_all(query, span, begun, after, 1_000);

@@ -26,10 +26,6 @@ use world::Outcome;
 /// Seeds of the short run.
 const SEEDS: u64 = 24;
 
-/// Rules at which the short run does not look: what they find is rare, needs several faults at once, and is looked at
-/// by `scripts/simulate`.
-const LEFT_TO_THE_SCRIPT: &str = "Stale Silence";
-
 fn simulate(seed: u64, rules: Rules, recording: bool) -> Outcome {
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_time()
@@ -56,10 +52,7 @@ impl Settings {
         Self {
             seeds: number("SIMULATE_SEEDS").unwrap_or(SEEDS),
             from: number("SIMULATE_FROM").unwrap_or(1),
-            rules: Rules::without(
-                &std::env::var("SIMULATE_SKIP").unwrap_or_else(|_| LEFT_TO_THE_SCRIPT.to_owned()),
-            )
-            .expect("names of rules"),
+            rules: Rules::without(&read("SIMULATE_SKIP").unwrap_or_default()).expect("names of rules"),
             go_on: read("SIMULATE_GO_ON").is_some(),
         }
     }

@@ -327,6 +327,8 @@ impl AgentState {
                 change.kind = Kind::Rival;
                 return (next, change);
             }
+            // Another node may have stored something else meanwhile.
+            next.digests = [None; Part::ALL.len()];
         }
         let present = next.replace_parts(report, &mut change);
         let promised = PartSet::of(Part::ALL.into_iter().filter(|part| part.is_promised(next.capabilities)));

@@ -129,6 +129,21 @@ fn s_044_a_gap_is_asked_about_once_and_r_003_its_number_is_the_new_base() {
     assert_eq!(state.stored_number(), Some(5));
 }
 
+/// Health goes from 1 to 2 at another node and back to 1 here: what is stored is 2.
+#[test]
+fn after_a_gap_what_this_node_knew_is_stored_again() {
+    let mut state = new_agent();
+    absorb(&mut state, &full(0, [1; 5]));
+    let mut back = report(2);
+    put(&mut back, Part::Health, 1);
+    let change = absorb(&mut state, &back);
+    assert!(change.must_save && change.ask_full_state);
+    assert_eq!(change.parts, PartSet::EMPTY.with(Part::Health));
+    let change = absorb(&mut state, &full(3, [1; 5]));
+    let others = PARTS.into_iter().filter(|part| *part != Part::Health);
+    assert_eq!(change.parts, PartSet::of(others), "nor is any other part trusted");
+}
+
 #[test]
 fn s_045_a_known_agent_that_continues_is_asked_nothing() {
     let known = KnownAgent {

@@ -133,6 +133,9 @@ pub struct PastSummary {
     pub unknown: i64,
 }
 
+/// The most connections, ends or changes of status of which the counts of a fleet are told.
+pub const MOST_ROWS: u32 = 500_000;
+
 /// Everything that decides the counts of a fleet over a span.
 #[derive(Clone, Debug)]
 pub struct FleetPast {
@@ -305,7 +308,7 @@ where
         .await
     }
 
-    async fn read_fleet(&self, span: Span, observer: Observer) -> Result<FleetPast, StoreError> {
+    async fn read_fleet(&self, span: Span, observer: Observer) -> Result<Option<FleetPast>, StoreError> {
         bounded(async {
             let mut tx = self.begin_reading().await?;
             let mut query = QueryBuilder::new("");
@@ -314,30 +317,34 @@ where
                 query.build_query_as().fetch_all(&mut *tx).await.map_err(failure::<D>)?;
             // Who was not known yet has no status.
             let agents = agents.into_iter().map(|(id, word)| (id, Status::from_label(&word))).collect();
+            let most = usize::try_from(MOST_ROWS).unwrap_or(usize::MAX);
             let mut stays: Vec<StayOfAgent> = Vec::new();
             for begun in [false, true] {
                 let mut query = QueryBuilder::new("");
-                select_stays_of_all(&mut query, span, begun);
+                select_stays_of_all(&mut query, span, begun, MOST_ROWS + 1);
                 stays.extend(
                     query.build_query_as::<StayOfAgent>().fetch_all(&mut *tx).await.map_err(failure::<D>)?,
                 );
             }
-            let stays = stays.into_iter().map(|row| (row.agent, row.stay)).collect();
             let mut query = QueryBuilder::new("");
-            select_changes(&mut query, span);
+            select_changes(&mut query, span, MOST_ROWS + 1);
             let changes: Vec<(Uuid, Moment, String)> =
                 query.build_query_as().fetch_all(&mut *tx).await.map_err(failure::<D>)?;
+            let mut query = QueryBuilder::new("");
+            select_ends(&mut query, span, MOST_ROWS + 1);
+            let ends: Vec<(Moment,)> =
+                query.build_query_as().fetch_all(&mut *tx).await.map_err(failure::<D>)?;
+            if stays.len() > most || changes.len() > most || ends.len() > most {
+                return Ok(None);
+            }
+            let stays = stays.into_iter().map(|row| (row.agent, row.stay)).collect();
             let changes: Result<Vec<_>, StoreError> = changes
                 .into_iter()
                 .map(|(agent, at, to)| Ok((agent, at, known(&to, Status::from_label)?)))
                 .collect();
-            let mut query = QueryBuilder::new("");
-            select_ends(&mut query, span);
-            let ends: Vec<(Moment,)> =
-                query.build_query_as().fetch_all(&mut *tx).await.map_err(failure::<D>)?;
             let ends = ends.into_iter().map(|(at,)| at).collect();
             let watch = Self::read_watch(&mut tx, observer).await?;
-            Ok(FleetPast { agents, stays, changes: changes?, ends, watch })
+            Ok(Some(FleetPast { agents, stays, changes: changes?, ends, watch }))
         })
         .await
     }

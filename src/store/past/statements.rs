@@ -24,25 +24,32 @@ const STAY: &str =
         WHERE l.agent_id = c.agent_id) END AS confirmed_until";
 
 /// Adds the query for the changes of status after a span began and before it ends.
-pub(in crate::store) fn select_changes<D>(query: &mut QueryBuilder<D>, span: Span)
+pub(in crate::store) fn select_changes<D>(query: &mut QueryBuilder<D>, span: Span, most: u32)
 where
     D: Dialect,
+    for<'q> i64: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
     query
         .push("SELECT s.agent_id, s.at, s.to_status FROM agent_status_log s WHERE s.at > ")
         .push_bind(span.from);
-    query.push(" AND s.at < ").push_bind(span.to).push(" ORDER BY s.at, s.id");
+    query
+        .push(" AND s.at < ")
+        .push_bind(span.to)
+        .push(" ORDER BY s.at, s.id LIMIT ")
+        .push_bind(i64::from(most));
 }
 
 /// Adds the query for the ends of connections in a span.
-pub(in crate::store) fn select_ends<D>(query: &mut QueryBuilder<D>, span: Span)
+pub(in crate::store) fn select_ends<D>(query: &mut QueryBuilder<D>, span: Span, most: u32)
 where
     D: Dialect,
+    for<'q> i64: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
     query.push("SELECT c.disconnected_at FROM agent_connection_history c WHERE c.disconnected_at >= ");
     query.push_bind(span.from).push(" AND c.disconnected_at < ").push_bind(span.to);
+    query.push(" LIMIT ").push_bind(i64::from(most));
 }
 
 /// Adds the query for the last stay of an agent that began at or before a moment.
@@ -238,14 +245,19 @@ where
 }
 
 /// Adds the query for the stays of all agents that reach into a span, and `begun` in it, or before it.
-pub(in crate::store) fn select_stays_of_all<D>(query: &mut QueryBuilder<D>, span: Span, begun: bool)
-where
+pub(in crate::store) fn select_stays_of_all<D>(
+    query: &mut QueryBuilder<D>,
+    span: Span,
+    begun: bool,
+    most: u32,
+) where
     D: Dialect,
+    for<'q> i64: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
     query.push("SELECT c.agent_id AS agent, ").push(STAY);
     push_reaching(query, span, begun, "");
-    query.push(" ORDER BY c.connected_at, c.id");
+    query.push(" ORDER BY c.connected_at, c.id LIMIT ").push_bind(i64::from(most));
 }
 
 /// Adds the query for the next connections of all agents that reach into a span, and `begun` in it, or before it.

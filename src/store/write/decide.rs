@@ -259,6 +259,13 @@ pub(super) struct Newcomer<'a> {
     pub(super) status: Option<StatusChange>,
 }
 
+impl Newcomer<'_> {
+    /// When it was last seen, as far as that is proved.
+    pub(super) fn seen_at(&self) -> Moment {
+        if self.continues.is_some() { self.new.seen_at } else { self.at }
+    }
+}
+
 /// Who arrives: the agent itself, or another one that uses the same uid.
 pub(super) enum Arrival<'a> {
     Newcomer(Box<Newcomer<'a>>),

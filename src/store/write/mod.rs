@@ -150,6 +150,8 @@ pub struct NewConnection {
     pub node_seq: i64,
     /// When its first report came.
     pub at: Moment,
+    /// What that proves where its row was open before: less, where it was read after a stop of the process.
+    pub seen_at: Moment,
     /// The number of its first report.
     pub number: u64,
     /// What this node knows of an older connection that it holds.
@@ -577,7 +579,7 @@ where
                     continued: newcomer.continues.is_some(),
                     poll_silence: newcomer.agent.poll_silence().filter(|_| newcomer.continues.is_some()),
                     connected_at: newcomer.continues.map_or(newcomer.at, |row| row.connected_at),
-                    seen_at: newcomer.at.max(newcomer.agent.last_seen_at.unwrap_or(newcomer.at)),
+                    seen_at: newcomer.seen_at().max(newcomer.agent.last_seen_at.unwrap_or_default()),
                     agent: newcomer.agent.known(),
                     displaced: newcomer.displaced.map(|(connection_id, end)| Displaced {
                         connection_id,
@@ -728,7 +730,7 @@ where
         );
         let seen = newcomers.iter().map(|n| {
             let silence = n.continues.and(n.agent.poll_silence_ms);
-            json!([n.new.agent, id_of(n), n.at.as_micros(), silence])
+            json!([n.new.agent, id_of(n), n.seen_at().as_micros(), silence])
         });
         Self::execute(tx, text, seen.collect()).await
     }

@@ -78,6 +78,7 @@ impl Node {
             node_id: self.id,
             node_seq: self.openings.fetch_add(1, Ordering::Relaxed),
             at,
+            seen_at: at,
             number: 0,
             older: None,
             spare: Some(InstanceUid::generate()),

@@ -357,9 +357,8 @@ impl PastStore for Handle {
         Ok((PastSummary::default(), Watch::default()))
     }
 
-    async fn read_fleet(&self, _span: Span, _observer: Observer) -> Result<FleetPast, StoreError> {
-        let watch = Watch::default();
-        Ok(FleetPast { agents: Vec::new(), stays: Vec::new(), changes: Vec::new(), ends: Vec::new(), watch })
+    async fn read_fleet(&self, _span: Span, _observer: Observer) -> Result<Option<FleetPast>, StoreError> {
+        Ok(None)
     }
 
     async fn next_connections(

@@ -393,7 +393,7 @@ impl Records {
             agent.reason = Some(end.reason);
         }
         let before = agent.seen.map(|seen| seen.at);
-        let seen_at = at.max(before.unwrap_or(at));
+        let seen_at = if continues.is_some() { new.seen_at } else { at }.max(before.unwrap_or_default());
         if continues.is_none() {
             agent.last_connected_at = Some(at);
             agent.rows.push(id);
