@@ -53,7 +53,9 @@ fn reason(case: &Case<'_>, stay: &Stay, index: usize, row: &Row) -> Option<Strin
         End::Silence => CloseReason::HeartbeatTimeout,
         End::Abandon => CloseReason::Superseded,
         End::Told(code, word) => {
-            let told = word == said && *code == reason.code();
+            // A row whose opening was never answered is nobody's for the server that made it.
+            let unanswered = stay.exchanges.is_empty() && reason == CloseReason::ServerLost;
+            let told = unanswered || word == said && *code == reason.code();
             let accused = reason.cause() == Cause::Agent && stay.longest_gap < LONG_PAUSE;
             return if !told {
                 Some(format!("row {} says {said}, the agent was told {code} {word}", row.id))
