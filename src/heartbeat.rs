@@ -32,9 +32,16 @@ const UNSURE: Duration = Duration::from_millis(200);
 #[derive(Clone, Debug)]
 pub struct Watch {
     intake: mpsc::Sender<(Arc<OpenConnection>, Tick)>,
+    poll_grace: Duration,
 }
 
 impl Watch {
+    /// How long a poll that another node read may be on its way to the store.
+    #[must_use]
+    pub fn poll_grace(&self) -> Duration {
+        self.poll_grace
+    }
+
     /// Watches a connection until it ends; no verdict falls before `not_before`.
     pub async fn over(&self, connection: Arc<OpenConnection>, not_before: Tick) {
         // Without a monitor the server is stopping, and nobody is to be accused.
@@ -84,7 +91,7 @@ impl HeartbeatMonitor {
     ) -> (Watch, Self) {
         let (sender, intake) = mpsc::channel(INTAKE);
         (
-            Watch { intake: sender },
+            Watch { intake: sender, poll_grace },
             Self {
                 history,
                 sight,

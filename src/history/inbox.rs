@@ -438,6 +438,7 @@ mod tests {
             older: None,
             spare: None,
             first_poll: None,
+            poll_grace: std::time::Duration::ZERO,
             excused_until: None,
         };
         job(Write::CreateConnection(new), Concern::Nobody)

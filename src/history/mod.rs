@@ -180,6 +180,8 @@ pub struct Opening<'a> {
     pub older: Option<&'a OpenConnection>,
     /// The uid to give to its agent where two agents share one; none where it would not understand.
     pub spare: Option<InstanceUid>,
+    /// How long a poll that another node read may be on its way to the store.
+    pub poll_grace: Duration,
     /// When the last of the other nodes went: who polled there had to find this one.
     pub peer_lost: Option<Tick>,
 }
@@ -297,7 +299,8 @@ impl History {
 
     /// Opens a connection; it is durable when this returns.
     pub async fn open(&self, opening: Opening<'_>) -> Result<Opens, StoreError> {
-        let Opening { agent, transport, remote_addr, heard, number, older, spare, peer_lost } = opening;
+        let Opening { agent, transport, remote_addr, heard, number, older, spare, poll_grace, peer_lost } =
+            opening;
         let now = self.shared.clock.moment(heard);
         let proof = if transport == Transport::Http { self.shared.sight.proof(heard) } else { heard };
         let new = NewConnection {
@@ -316,6 +319,7 @@ impl History {
             }),
             spare,
             first_poll: (transport == Transport::Http).then(|| self.shared.expected.first_poll()),
+            poll_grace,
             excused_until: (transport == Transport::Http).then(|| {
                 let resumed = self.shared.sight.resumed(self.shared.clock.tick());
                 let excused_from = resumed.max(peer_lost.unwrap_or_default());

@@ -141,6 +141,7 @@ impl Session {
             older: older.as_deref(),
             spare: (!is_legacy(&report.instance_uid)).then(InstanceUid::generate),
             // Who is about to be lost may have heard it and told nobody.
+            poll_grace: services.watch.poll_grace(),
             peer_lost: if services.peers.is_unsure() { Some(heard) } else { services.peers.lost_at() },
         };
         let mut opened = match services.history.open(opening).await? {

@@ -158,7 +158,7 @@ fn displacement(
     }
     let polls_on = row.transport == Transport::Http && new.transport == Transport::Http;
     let in_time = |first| {
-        let deadline = proof.after(agent.poll_silence().unwrap_or(first));
+        let deadline = proof.after(agent.poll_silence().unwrap_or(first) + new.poll_grace);
         deadline.max(new.excused_until.unwrap_or(deadline)) >= connected_at
     };
     let reason = match new.first_poll {

@@ -161,6 +161,8 @@ pub struct NewConnection {
     /// For polls: how long a poller may be silent whose pace is not on record. An open connection
     /// over plain HTTP that was heard within its time goes on.
     pub first_poll: Option<Duration>,
+    /// For polls: how long a sign of life that another node read may be on its way here.
+    pub poll_grace: Duration,
     /// For polls: nobody was silent before this moment, because this node could not have heard it.
     pub excused_until: Option<Moment>,
 }

@@ -83,6 +83,7 @@ impl Node {
             older: None,
             spare: Some(InstanceUid::generate()),
             first_poll: None,
+            poll_grace: Duration::ZERO,
             excused_until: None,
         }
     }

@@ -364,7 +364,7 @@ impl Records {
             let proof = agent.seen.map(|seen| seen.at).max(last_proof).unwrap_or(row.connected_at).min(at);
             let polls = row.transport == Transport::Http && new.transport == Transport::Http;
             let silence = agent.seen.and_then(|seen| seen.silence).or(new.first_poll).unwrap_or_default();
-            let deadline = proof.after(silence).max(new.excused_until.unwrap_or_default());
+            let deadline = proof.after(silence + new.poll_grace).max(new.excused_until.unwrap_or_default());
             if again || polls && deadline >= at {
                 continues = Some(row.id);
             } else {
