@@ -18,7 +18,7 @@ pub const SMALL: usize = 64 << 10;
 /// The budget is counted in pieces of so many bytes.
 const PIECE: u64 = 4 << 10;
 
-/// How many pieces are taken at once.
+/// How many pieces a message takes at once while it grows.
 const STRIDE: u32 = 16;
 
 /// What a byte of a message takes at most while it is stored, as measured: the message, its document, the batch that
@@ -113,7 +113,11 @@ impl Share {
     pub fn poll_cover(&mut self, context: &mut Context<'_>, bytes: u64) -> Poll<()> {
         self.asked = self.asked.max(bytes);
         while self.passes.is_none() && self.covered() < bytes {
-            match self.pieces.poll_acquire_many(context, STRIDE) {
+            // Who is whole takes all it needs at once: if each held a part and waited for the rest, only the one with the
+            // pass would go on.
+            let missing = (bytes - self.covered()).div_ceil(PIECE);
+            let many = if self.bench.is_some() { STRIDE } else { u32::try_from(missing).unwrap_or(u32::MAX) };
+            match self.pieces.poll_acquire_many(context, many) {
                 Poll::Ready(Some(more)) => match &mut self.held {
                     Some(held) => held.merge(more),
                     None => self.held = Some(more),
@@ -237,11 +241,25 @@ mod tests {
         passing.cover(FREE + 1).await;
         let mut small: Vec<Share> = (0..4).map(|_| budget.small_share()).collect();
         for share in &mut small[..3] {
-            assert!(!waits(share, 1).await, "two within the budget, and one goes on without");
+            assert!(!waits(share, 64 << 10).await, "two within the budget, and one goes on without");
         }
-        assert!(waits(&mut small[3], 1).await);
+        assert!(waits(&mut small[3], 64 << 10).await);
         small.remove(0);
-        assert!(!waits(&mut small[2], 1).await);
+        assert!(!waits(&mut small[2], 64 << 10).await);
+    }
+
+    /// Room for two, one goes on without: of ten that come at once, each moment three are worked on.
+    #[tokio::test]
+    async fn whole_messages_that_come_at_once_hold_all_they_need_or_nothing() {
+        let budget = Budget::new(384 << 10);
+        let mut small: Vec<Share> = (0..10).map(|_| budget.small_share()).collect();
+        let mut covered = 0;
+        for share in &mut small {
+            covered += usize::from(!waits(share, 192 << 10).await);
+        }
+        assert_eq!(covered, 3);
+        let holding = small.iter().filter(|share| share.held.is_some()).count();
+        assert_eq!(holding, 2, "nobody waits with a part");
     }
 
     #[tokio::test]
