@@ -268,14 +268,14 @@ impl AgentState {
     /// happen to fit the old number.
     pub fn missed(&mut self, number: u64) {
         self.broken |= self.breaks_numbers(number);
-        self.known_agent = true;
+        self.lost_one();
     }
 
     /// Notes that a change which was answered could not be stored after all: everything is asked for once more.
     pub fn forget(&mut self) {
         self.broken = true;
-        self.known_agent = true;
         self.digests = [None; Part::ALL.len()];
+        self.lost_one();
     }
 
     /// This state after a report with this number that was not taken: everything is asked for once more.
@@ -351,6 +351,13 @@ impl AgentState {
             || next.capabilities != self.capabilities
             || next.stored_number().is_some() != self.stored_number().is_some();
         (next, change)
+    }
+
+    /// Whatever comes next belongs to an agent that is known, and is no proof of two that take turns: where a
+    /// number is missing in their series, the next report must ask for what is lost.
+    fn lost_one(&mut self) {
+        self.known_agent = true;
+        (self.rival, self.swaps) = (None, 0);
     }
 
     /// True where an agent without any number was not yet asked for its state on this connection.

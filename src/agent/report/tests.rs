@@ -183,6 +183,26 @@ fn a_refused_new_start_is_not_forgotten_because_the_next_number_fits() {
 }
 
 #[test]
+fn a_lost_report_is_asked_for_though_two_agents_seem_to_take_turns() {
+    let turns = || {
+        let mut state = new_agent();
+        for number in [4, 100, 5, 101] {
+            absorb(&mut state, &full(number, [number.to_le_bytes()[0]; 5]));
+        }
+        assert_eq!(absorb(&mut { state }, &report(6)).kind, Kind::Rival, "the next turn would show them");
+        state
+    };
+    let mut state = turns();
+    state.missed(5);
+    let change = absorb(&mut state, &report(6));
+    assert!(change.kind == Kind::Gap && change.ask_full_state, "not taken: {change:?}");
+    let mut state = turns();
+    state.forget();
+    let change = absorb(&mut state, &report(6));
+    assert!(change.kind == Kind::Gap && change.ask_full_state, "answered, yet not stored: {change:?}");
+}
+
+#[test]
 fn r_005_the_same_bytes_are_a_repeat_and_other_bytes_with_the_number_a_gap() {
     let mut state = new_agent();
     absorb(&mut state, &full(1, [1; 5]));
