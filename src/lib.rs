@@ -40,6 +40,7 @@
 //! - [`store`] decides races: every write carries its connection's id, the fence, and changes nothing
 //!   once a newer connection took over.
 //! - [`lease`] holds this node's lease and alone says that another node is lost; [`peers`] is what it saw of them.
+//! - [`anchor`] keeps the clock at the database's time.
 //! - [`sweep`] carries out what time alone changes: return times that have passed, stale agents.
 //!   [`retention`] alone forgets.
 //! - [`incidents`] tells disconnects that belong together from noise, and by which cause (pure).
@@ -49,7 +50,7 @@
 //! ## Who may know whom
 //!
 //! From the bottom: `proto`, `clock`, `close`, `config`, `site`, `burden` know nothing of ours; `agent` and `wire`
-//! know those, `incidents` stands on `agent`; then `store`, `metrics` and `timeline`, `outage`, `peers`, `sight`, `pulse`, `history`, `heartbeat`, `sweep`, `lease` and
+//! know those, `incidents` stands on `agent`; then `store`, `metrics` and `timeline`, `outage`, `peers`, `sight`, `pulse` and `anchor`, `history`, `heartbeat`, `sweep`, `lease` and
 //! `retention`, `session`, `safety`, `orders`, `transport` and `api` beside it, `server`, and `healthcheck` apart.
 //! SQL is spoken in `store` only, axum in `api` and `server` only, hyper in `transport` and, as a
 //! client, in `healthcheck` only. A test reads the sources and holds them to it.
@@ -60,6 +61,7 @@
 //! through `history` even when the link that carries it is gone: whoever notices first claims it.
 
 pub mod agent;
+pub mod anchor;
 pub mod api;
 pub mod burden;
 pub mod clock;

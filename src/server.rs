@@ -17,8 +17,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
+use crate::anchor::{Anchor, anchored};
 use crate::api::{self, ApiState};
-use crate::clock::{Clock, Moment, Rate, Tick};
+use crate::clock::Rate;
 use crate::close::CloseReason;
 use crate::config::Config;
 use crate::heartbeat::HeartbeatMonitor;
@@ -37,9 +38,6 @@ use crate::sight::Sight;
 use crate::store::{self, NewNode, Store, StoreError, Transport};
 use crate::sweep::{Sweep, Verdicts};
 use crate::transport::{Admission, Limits, Listener};
-
-/// How often the clock is anchored to the database's time.
-const ANCHOR_INTERVAL: Duration = Duration::from_mins(1);
 
 /// How often a starting node tries to take the lock on its name.
 const LOCK_PAUSE: Duration = Duration::from_millis(250);
@@ -368,10 +366,7 @@ pub async fn assemble(
     store: Arc<dyn Store>,
     node_id: Uuid,
 ) -> Result<(Arc<Services>, Writer, HeartbeatMonitor), ServerError> {
-    // Anchored roughly first, so that there are ticks to measure by.
-    let clock = Clock::anchored(store.now().await?);
-    let (now, tick) = measure(store.as_ref(), &clock).await?;
-    clock.anchor(now, tick);
+    let clock = anchored(store.as_ref()).await?;
     let metrics = Arc::new(Metrics::new());
     let outage = Arc::new(Outage::new(Arc::clone(&metrics)));
     let expected = Expectations { interval: config.heartbeat.interval, timeout: config.heartbeat.timeout };
@@ -444,7 +439,13 @@ fn own_timers(
     own(owners, "retention", retention.run(stops.judging.clone()));
     let flush = flush::run(Arc::clone(services), config.store.flush_interval, stops.flushing.clone());
     own(owners, "flush", flush);
-    own(owners, "clock", anchor(Arc::clone(services), stops.writing.clone()));
+    let anchor = Anchor {
+        store: Arc::clone(&services.store),
+        clock: services.clock.clone(),
+        sight: Arc::clone(&services.sight),
+        outage: Arc::clone(&services.outage),
+    };
+    own(owners, "clock", anchor.run(stops.writing.clone()));
 }
 
 fn limits(config: &Config, max_connections: usize) -> Limits {
@@ -554,51 +555,6 @@ pub async fn restore(
     safety::watch_polls(services, &polled).await;
     tracing::info!(%node_id, name, polled = polled.len(), unwatched_seconds = started.unwatched.map(|time| time.as_secs()), "node started");
     Ok(())
-}
-
-/// A measurement of the database's time that took no longer than this is good enough.
-const QUICK: Duration = Duration::from_millis(10);
-
-/// How often a measurement is tried that took longer.
-const MEASUREMENTS: usize = 5;
-
-/// The database's time, and the tick at which it read so: the middle of the quickest of some calls.
-async fn measure(store: &dyn Store, clock: &Clock) -> Result<(Moment, Tick), StoreError> {
-    let once = async || {
-        let before = clock.tick();
-        let now = store.now().await?;
-        let took = clock.tick().since(before);
-        Ok::<_, StoreError>((took, now, before.after(took / 2)))
-    };
-    let mut best = once().await?;
-    for _ in 1..MEASUREMENTS {
-        if best.0 <= QUICK {
-            break;
-        }
-        let next = once().await?;
-        if next.0 < best.0 {
-            best = next;
-        }
-    }
-    Ok((best.1, best.2))
-}
-
-/// Anchors the clock to the database's time, at the middle of the measurement.
-async fn anchor(services: Arc<Services>, stop: CancellationToken) {
-    let clock = &services.clock;
-    loop {
-        tokio::select! {
-            biased;
-            () = stop.cancelled() => return,
-            () = tokio::time::sleep(ANCHOR_INTERVAL) => {}
-            // A machine that was paused may have lost time that its monotonic clock does not know of.
-            () = services.sight.blindness() => {}
-        }
-        match measure(services.store.as_ref(), clock).await {
-            Ok((now, tick)) => clock.anchor(now, tick),
-            Err(error) => services.outage.stumbled("anchoring the clock", &error),
-        }
-    }
 }
 
 async fn serve_operators(listener: TcpListener, router: axum::Router, stop: CancellationToken) {

@@ -15,7 +15,7 @@ const ORDER: [&[&str]; 15] = [
     &["metrics", "timeline"],
     &["outage", "peers"],
     &["sight"],
-    &["pulse"],
+    &["pulse", "anchor"],
     &["history"],
     &["heartbeat", "sweep", "retention", "lease"],
     &["session"],
