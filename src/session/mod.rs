@@ -7,9 +7,9 @@
 
 pub mod flush;
 pub mod hub;
+mod inbound;
 mod services;
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -17,14 +17,14 @@ use crate::agent::document::Documents;
 use crate::agent::offer::{Answer, Refusal, compose, refuse};
 use crate::agent::report::{AgentState, Change, Kind, PartSet, digest_of_bytes};
 use crate::agent::{InstanceUid, Sender, is_legacy};
-use crate::burden::Share;
-use crate::clock::Tick;
+use crate::clock::{Moment, Tick};
 use crate::close::{Cause, CloseReason};
 use crate::history::{EndTicket, Noticed, OpenConnection, Opening, Opens, Saved};
 use crate::metrics::{DecodeFailure, OfferKind, Refused};
 use crate::proto::{AgentCapabilities, AgentToServer, ServerToAgent};
-use crate::pulse::{Link, Pulse};
+use crate::pulse::Pulse;
 use crate::store::{AgentUpdate, Rival, StoreError, Transport};
+pub use inbound::{Inbound, Origin};
 pub use services::Services;
 
 /// How many agents are asked for their full state in a second: after a crash many are to be, and each
@@ -33,50 +33,6 @@ pub const QUESTIONS_PER_SECOND: usize = 500;
 
 /// How long an agent is told to stay away when the store cannot take its report, in seconds.
 const RETRY_AFTER_SECONDS: u64 = 30;
-
-/// Where reports come from.
-#[derive(Clone, Debug)]
-pub struct Origin {
-    /// How they travel.
-    pub transport: Transport,
-    /// The peer.
-    pub remote_addr: SocketAddr,
-    /// The link.
-    pub link: Arc<Link>,
-}
-
-/// A report as it came in, and what it holds of the budget for messages until it is answered.
-#[derive(Debug)]
-pub struct Inbound {
-    /// What it says. Parts that are stored are taken out of it.
-    pub report: AgentToServer,
-    digest: u64,
-    share: Option<Share>,
-}
-
-impl Inbound {
-    /// A report that was unfolded under `share`; `digest` is over its bytes, see [`digest_of_bytes`].
-    #[must_use]
-    pub fn new(report: AgentToServer, digest: u64, share: Share) -> Self {
-        Self { report, digest, share: Some(share) }
-    }
-
-    /// Works on the report: aside where it is large.
-    async fn work<T: Send + 'static>(
-        &mut self,
-        work: impl FnOnce(&mut AgentToServer) -> T + Send + 'static,
-    ) -> T {
-        let Some(share) = &self.share else { return work(&mut self.report) };
-        let mut report = std::mem::take(&mut self.report);
-        let work = move || {
-            let done = work(&mut report);
-            (report, done)
-        };
-        let (report, done) = share.work(work).await;
-        self.report = report;
-        done
-    }
-}
 
 /// The live conversation with one agent.
 #[derive(Debug)]
@@ -199,14 +155,10 @@ impl Session {
             self.standing = Standing::Doubtful;
             return Ok(false);
         }
-        match services.store.get_active_connection(self.connection.agent).await {
-            Ok(row) => {
-                self.standing = Standing::Sure;
-                if row.is_none_or(|row| row.id != self.connection.id) {
-                    self.connection.abandon(CloseReason::Superseded);
-                }
-            }
-            Err(_) => self.standing = Standing::Unsure,
+        let on_record = self.is_on_record().await;
+        self.standing = if on_record.is_ok() { Standing::Sure } else { Standing::Unsure };
+        if on_record == Ok(false) {
+            self.connection.abandon(CloseReason::Superseded);
         }
         Ok(true)
     }
@@ -217,17 +169,24 @@ impl Session {
         peers.may_be_there(sight.resumed(clock.tick()))
     }
 
-    /// True for a poll that was read after this process was stopped: its agent may have told another node what is newer.
-    fn may_be_overtaken(&self, heard: Tick) -> bool {
-        self.connection.transport == Transport::Http
-            && self.connection.proof(&self.services.sight, heard) < heard
-            && self.peers_may_be_there()
+    /// For a poll that was read after this process was stopped: whoever heard its agent later than this may have been
+    /// told what is newer. None where nobody can have been.
+    fn overtaken_after(&self, arrival: Arrival, heard: Tick) -> Option<Moment> {
+        let proof = self.connection.proof(&self.services.sight, heard);
+        let late = self.connection.transport == Transport::Http
+            && arrival != Arrival::Newcomer
+            && proof < heard
+            && self.peers_may_be_there();
+        let proof = self.services.clock.moment(proof);
+        // What this node told the store itself overtakes nothing. What the row said at its opening does.
+        let known = if arrival == Arrival::Known { self.connection.sighted() } else { proof };
+        late.then(|| proof.max(known))
     }
 
     /// True where the store says that this very connection is open.
-    async fn is_on_record(&self) -> bool {
-        let open = self.services.store.get_active_connection(self.connection.agent).await;
-        matches!(open, Ok(Some(row)) if row.id == self.connection.id)
+    async fn is_on_record(&self) -> Result<bool, StoreError> {
+        let open = self.services.store.get_active_connection(self.connection.agent).await?;
+        Ok(open.is_some_and(|row| row.id == self.connection.id))
     }
 
     /// By when the agent was to be heard again.
@@ -317,8 +276,8 @@ impl Session {
         if change.kind == Kind::Repeat {
             return Ok(Taken::Answered(self.answered));
         }
-        let late = arrival != Arrival::Newcomer && self.may_be_overtaken(heard);
-        let late = late.then_some(arrival);
+        let late =
+            if change.must_save || change.leaves { self.overtaken_after(arrival, heard) } else { None };
         if change.must_save && !Box::pin(self.save(inbound, &next, change.parts, heard, late)).await? {
             next = self.state.past(inbound.report.sequence_num);
             change.ask_full_state = true;
@@ -340,22 +299,19 @@ impl Session {
         **rival
     }
 
-    /// Stores what changed, before it is answered. False where it came `late`, and another node heard what is newer.
+    /// Stores what changed, before it is answered. False where it came late, and another node was told what is newer
+    /// after that moment.
     async fn save(
         &mut self,
         inbound: &mut Inbound,
         next: &AgentState,
         parts: PartSet,
         heard: Tick,
-        late: Option<Arrival>,
+        late: Option<Moment>,
     ) -> Result<bool, Refusal> {
         let at = self.services.clock.moment(self.connection.proof(&self.services.sight, heard));
-        // What this node told the store itself overtakes nothing. What a row said at its opening does.
-        let read_at = match late {
-            None => self.services.clock.moment(heard).max(self.connection.sighted()),
-            Some(Arrival::Continued | Arrival::Newcomer) => at,
-            Some(Arrival::Known) => at.max(self.connection.sighted()),
-        };
+        let read_at =
+            late.unwrap_or_else(|| self.services.clock.moment(heard).max(self.connection.sighted()));
         self.connection.note_sighting(at);
         let update = AgentUpdate {
             agent: self.connection.agent,
@@ -372,7 +328,7 @@ impl Session {
             // A change that is kept is answered as if it were stored: should the process crash before it is,
             // the stored number does not continue, and full state is asked for.
             Ok(Saved::Stored | Saved::Kept) => Ok(true),
-            Ok(Saved::Superseded) if late.is_some() && self.is_on_record().await => Ok(false),
+            Ok(Saved::Superseded) if late.is_some() && self.is_on_record().await == Ok(true) => Ok(false),
             Ok(Saved::Superseded) => {
                 // Another node opened a newer connection of this agent.
                 self.connection.abandon(CloseReason::Superseded);
