@@ -60,10 +60,9 @@ pub(super) trait Dialect: Database {
     const GREATEST: &'static str;
     /// Tells every node at commit that orders were written; none where there is one node only.
     const ANNOUNCE: Option<&'static str>;
-    /// Gives one transaction more time than a call has, where sessions limit that themselves.
-    const TAKE_TIME: Option<&'static str>;
-    /// As that, for migrations: an index over a long history takes as long as it takes.
-    const TAKE_ALL_TIME: Option<&'static str>;
+    /// Says how long the statements of a transaction may take, in milliseconds that follow; none where sessions do not
+    /// limit that themselves.
+    const LIMIT_TIME: Option<&'static str>;
     /// True where all nodes on one database share one lock, so that whoever holds it is alone.
     const SINGLE_NODE: bool;
     /// Up and down script of each migration, by number from 1.
@@ -116,8 +115,7 @@ impl Dialect for Postgres {
     const LEAST: &'static str = "least";
     const GREATEST: &'static str = "greatest";
     const ANNOUNCE: Option<&'static str> = Some("SELECT pg_notify('opamp_orders', '')");
-    const TAKE_TIME: Option<&'static str> = Some("SET LOCAL statement_timeout = '60s'");
-    const TAKE_ALL_TIME: Option<&'static str> = Some("SET LOCAL statement_timeout = 0");
+    const LIMIT_TIME: Option<&'static str> = Some("SET LOCAL statement_timeout = ");
     const SINGLE_NODE: bool = false;
     const MIGRATIONS: &'static [(&'static str, &'static str)] = &[
         (
@@ -192,8 +190,7 @@ impl Dialect for Sqlite {
     const LEAST: &'static str = "min";
     const GREATEST: &'static str = "max";
     const ANNOUNCE: Option<&'static str> = None;
-    const TAKE_TIME: Option<&'static str> = None;
-    const TAKE_ALL_TIME: Option<&'static str> = None;
+    const LIMIT_TIME: Option<&'static str> = None;
     const SINGLE_NODE: bool = true;
     const MIGRATIONS: &'static [(&'static str, &'static str)] = &[
         (
@@ -309,6 +306,19 @@ impl<D: Dialect> SqlStore<D> {
     /// Begins a reading transaction that sees one state of the database.
     pub(super) async fn begin_reading(&self) -> Result<Transaction<'static, D>, StoreError> {
         self.readers.begin_with(D::BEGIN_READING).await.map_err(failure::<D>)
+    }
+
+    /// Gives a transaction that concerns much another time than a call has; zero = as long as it takes.
+    pub(super) async fn limit_time(tx: &mut Transaction<'_, D>, limit: Duration) -> Result<(), StoreError>
+    where
+        for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
+        D::Arguments: IntoArguments<D>,
+    {
+        if let Some(text) = D::LIMIT_TIME {
+            let text = format!("{text}{}", limit.as_millis());
+            sqlx::query(sql(text)).execute(&mut **tx).await.map_err(failure::<D>)?;
+        }
+        Ok(())
     }
 }
 

@@ -299,7 +299,7 @@ where
 {
     async fn start(&self, node: &NewNode) -> Result<NodeStart, StoreError> {
         let mut tx = self.begin().await?;
-        Self::take_time(&mut tx).await?;
+        Self::limit_time(&mut tx, TAKE_OVER).await?;
         let (watched_until,): (Option<Moment>,) = sqlx::query_as("SELECT max(renewed_at) FROM nodes")
             .fetch_one(&mut *tx)
             .await
@@ -359,7 +359,7 @@ where
     /// heir itself was.
     async fn end_lost(&self, lost: &Peer, heir: &Heir) -> Result<Option<u64>, StoreError> {
         let mut tx = self.begin().await?;
-        Self::take_time(&mut tx).await?;
+        Self::limit_time(&mut tx, TAKE_OVER).await?;
         Self::lock_node(&mut tx, lost.id).await?;
         let marked: Option<(Uuid,)> = sqlx::query_as(
             "UPDATE nodes SET ended_at = $3, ended_by = $2
@@ -389,14 +389,6 @@ where
         Self::retire_deleted(tx, heir).await?;
         Self::rename_displaced(tx, heir).await?;
         Ok(ended)
-    }
-
-    /// Gives this transaction more time than a call has: a whole fleet may be concerned.
-    async fn take_time(tx: &mut Transaction<'_, D>) -> Result<(), StoreError> {
-        if let Some(text) = D::TAKE_TIME {
-            sqlx::query(text).execute(&mut **tx).await.map_err(failure::<D>)?;
-        }
-        Ok(())
     }
 
     /// Waits for the openings and ends of a node that are under way, and keeps others from beginning.

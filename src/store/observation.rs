@@ -5,15 +5,13 @@ use futures_util::TryStreamExt;
 use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, QueryBuilder, Type};
 use uuid::Uuid;
 
-use super::dialect::{Column, Dialect, SqlStore, batch, bounded, failure, rows, sql};
+use super::dialect::{Dialect, SqlStore, bounded, failure};
+use super::past::select_open_at;
 use super::{ObservationStore, StoreError};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::close::CloseReason;
 use crate::incidents::{CauseKind, End, Observation, Stay};
-
-/// How many connections are read by their ids at once.
-const BATCH: usize = 1_000;
 
 /// A connection that ended within the observation.
 #[derive(FromRow)]
@@ -44,8 +42,6 @@ where
     D::Arguments: IntoArguments<D>,
     for<'r> Ended: FromRow<'r, D::Row>,
     for<'r> Staying: FromRow<'r, D::Row>,
-    for<'r> (Option<i64>,): FromRow<'r, D::Row>,
-    for<'r> (i64, Moment): FromRow<'r, D::Row>,
     for<'r> (Uuid, String): FromRow<'r, D::Row>,
     for<'r> (Uuid, String, String): FromRow<'r, D::Row>,
     usize: ColumnIndex<D::Row>,
@@ -101,8 +97,6 @@ where
     for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
     D::Arguments: IntoArguments<D>,
     for<'r> Staying: FromRow<'r, D::Row>,
-    for<'r> (Option<i64>,): FromRow<'r, D::Row>,
-    for<'r> (i64, Moment): FromRow<'r, D::Row>,
     for<'r> (Uuid, String): FromRow<'r, D::Row>,
     for<'r> (Uuid, String, String): FromRow<'r, D::Row>,
     for<'q> &'q str: Encode<'q, D> + Type<D>,
@@ -113,43 +107,8 @@ where
     /// The connections that were open at `at`.
     async fn staying(&self, at: Moment) -> Result<Vec<Staying>, StoreError> {
         let mut query = QueryBuilder::<D>::new("");
-        select_last_connections(&mut query, self.first_connection_since(at).await?);
-        let last: Vec<(Option<i64>,)> =
-            query.build_query_as().fetch_all(&self.readers).await.map_err(failure::<D>)?;
-        let last: Vec<[i64; 1]> = last.into_iter().filter_map(|(id,)| id.map(|id| [id])).collect();
-        let text = format!(
-            "SELECT c.agent_id, c.connected_at, c.node_id, c.remote_addr
-             FROM {} r JOIN agent_connection_history c ON c.id = r.id
-             WHERE c.connected_at < $2 AND (c.disconnected_at IS NULL OR c.disconnected_at >= $2)",
-            rows::<D>(&[("id", Column::Integer)])
-        );
-        let mut staying = Vec::new();
-        for part in last.chunks(BATCH) {
-            let query = sqlx::query_as(sql(text.clone())).bind(batch(part)).bind(at);
-            let found: Vec<Staying> = query.fetch_all(&self.readers).await.map_err(failure::<D>)?;
-            staying.extend(found);
-        }
-        Ok(staying)
-    }
-
-    /// The id behind those of the connections that began before `at`: ids and beginnings grow together.
-    async fn first_connection_since(&self, at: Moment) -> Result<i64, StoreError> {
-        let query = sqlx::query_as("SELECT max(id) FROM agent_connection_history");
-        let (last,): (Option<i64>,) = query.fetch_one(&self.readers).await.map_err(failure::<D>)?;
-        let (mut low, mut high) = (0, last.unwrap_or_default().saturating_add(1));
-        while low < high {
-            let middle = low + (high - low) / 2;
-            let query = sqlx::query_as(
-                "SELECT id, connected_at FROM agent_connection_history WHERE id >= $1 ORDER BY id LIMIT 1",
-            );
-            let found: Option<(i64, Moment)> =
-                query.bind(middle).fetch_optional(&self.readers).await.map_err(failure::<D>)?;
-            match found {
-                Some((id, began)) if began < at => low = id.saturating_add(1),
-                _ => high = middle,
-            }
-        }
-        Ok(low)
+        select_open_at(&mut query, at);
+        query.build_query_as().fetch_all(&self.readers).await.map_err(failure::<D>)
     }
 
     /// Adds the attributes of the agents and the names of the nodes.
@@ -184,19 +143,6 @@ where
     );
     query.push_bind(begins).push(" AND c.disconnected_at < ").push_bind(ends);
     query.push(" ORDER BY c.disconnected_at DESC LIMIT ").push_bind(i64::from(most));
-}
-
-/// Adds the query for the id of each agent's last connection, of those whose id is below `behind`.
-pub(super) fn select_last_connections<D>(query: &mut QueryBuilder<D>, behind: i64)
-where
-    D: Dialect,
-    for<'q> i64: Encode<'q, D> + Type<D>,
-{
-    // One look into an index for each agent, however many connections it had before and since. Their rows are read
-    // by these ids then: as one statement, Postgres reads the whole history where it is small beside the fleet.
-    query
-        .push("SELECT (SELECT max(h.id) FROM agent_connection_history h WHERE h.agent_id = a.id AND h.id < ");
-    query.push_bind(behind).push(") FROM agents a");
 }
 
 /// Adds the query for the attributes that may be causes.

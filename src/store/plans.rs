@@ -7,11 +7,11 @@ use sqlx::{Postgres, QueryBuilder, Row, Sqlite};
 use super::agents::{count_agents, select_agents};
 use super::connections::{count_connections, select_connections};
 use super::dialect::SqlStore;
-use super::observation::{select_attributes, select_ended, select_last_connections};
+use super::observation::{select_attributes, select_ended};
 use super::orders::select_close_orders;
 use super::past::{
     PastFilter, Span, count_past, select_changes, select_connections_of_all, select_ends, select_everybody,
-    select_further_stays, select_past, select_stay_at, select_stays_of_all,
+    select_further_stays, select_open_at, select_past, select_stay_at, select_stays_of_all,
 };
 use super::status_log::{count_transitions, select_transitions};
 use super::{AgentFilter, HistoryFilter, PageRequest, Status, Transport};
@@ -199,7 +199,7 @@ macro_rules! statements {
         let [begins, ends] = ["2026-01-01T00:01:00Z", "2026-01-01T00:05:00Z"];
         let [begins, ends] = [begins, ends].map(|text| Moment::parse(text).unwrap());
         add("ends of a span".to_owned(), &|query| select_ended(query, begins, ends, 500_000));
-        add(EVERYBODY.to_owned(), &|query| select_last_connections(query, 300));
+        add(format!("{EVERYBODY} open at a moment"), &|query| select_open_at(query, at));
         add("attributes that are causes".to_owned(), &|query| select_attributes(query));
         add("next overdue".to_owned(), &|query| {
             query.push(super::agents::NEXT_OVERDUE);

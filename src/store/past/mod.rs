@@ -21,7 +21,7 @@ use crate::agent::InstanceUid;
 use crate::clock::Moment;
 pub(super) use statements::{
     count_past, select_changes, select_connections_of_all, select_ends, select_everybody,
-    select_further_stays, select_past, select_stay_at, select_stays_of_all,
+    select_further_stays, select_open_at, select_past, select_stay_at, select_stays_of_all,
 };
 pub use watch::{Observer, Watch};
 

@@ -225,6 +225,23 @@ where
 const LAST_OF_EACH: &str = " FROM agents a JOIN agent_connection_history c ON c.id = (SELECT w.id
     FROM agent_connection_history w WHERE w.agent_id = a.id AND w.connected_at <= ";
 
+/// The end of [`LAST_OF_EACH`], behind the moment.
+const OF_EACH: &str = " ORDER BY w.agent_id DESC, w.connected_at DESC, w.id DESC LIMIT 1)";
+
+/// Adds the query for the connections of all agents that were open at a moment, as far as that is proved.
+pub(in crate::store) fn select_open_at<D>(query: &mut QueryBuilder<D>, at: Moment)
+where
+    D: Dialect,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query
+        .push("SELECT c.agent_id, c.connected_at, c.node_id, c.remote_addr")
+        .push(LAST_OF_EACH)
+        .push_bind(at);
+    query.push(OF_EACH).push(" WHERE c.connected_at < ").push_bind(at);
+    query.push(" AND (c.disconnected_at IS NULL OR c.disconnected_at >= ").push_bind(at).push(")");
+}
+
 /// Adds the rows of all agents, as `c`, that reach into a span: `begun` in it, or before it.
 fn push_reaching<D>(query: &mut QueryBuilder<D>, span: Span, begun: bool, joined: &str)
 where
@@ -238,7 +255,7 @@ where
     } else {
         // Agent by agent, as there is no other way to a row that may have begun long before.
         query.push(LAST_OF_EACH).push_bind(span.from);
-        query.push(" ORDER BY w.agent_id DESC, w.connected_at DESC, w.id DESC LIMIT 1)").push(joined);
+        query.push(OF_EACH).push(joined);
         query.push(" WHERE true");
         narrow(query, HistoryFilter { from: Some(span.from), to: None });
     }
