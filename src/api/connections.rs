@@ -11,9 +11,10 @@ use utoipa::{IntoParams, ToSchema};
 use super::ApiState;
 use super::agents::AgentId;
 use super::error::{ApiError, BadRequest, OtherForm, Refusals, UnknownAgent};
-use super::export::{BATCH, Representation, Source, document, stream_all};
+use super::export::{Representation, Table, document, export};
 use super::page::{ConnectionPageQuery, HistoryPageQuery, Params};
 use super::past::{TimeQuery, observer, span_of};
+use super::stream::{BATCH, Source};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::store::{
@@ -75,7 +76,7 @@ pub(super) async fn history(
     state.store.get_agent_row(agent).await?.ok_or(ApiError::NoSuchAgent(agent))?;
     let Some(page) = page else {
         let store = Arc::clone(&state.store);
-        return stream_all(form, Connections { store, agent, filter, after: None, ended: false }).await;
+        return export(form, Connections { store, agent, filter, after: None, ended: false }).await;
     };
     let page = state.store.list_connection_history(agent, filter, page).await?;
     let last = page.items.last().filter(|_| page.more);
@@ -112,9 +113,12 @@ struct Connections {
     ended: bool,
 }
 
+impl Table for Connections {
+    const COLUMNS: &'static [&'static str] = COLUMNS;
+}
+
 impl Source for Connections {
     type Item = ConnectionRow;
-    const COLUMNS: &'static [&'static str] = COLUMNS;
 
     async fn next(&mut self) -> Result<Vec<ConnectionRow>, StoreError> {
         if self.ended {
@@ -167,7 +171,7 @@ pub(super) async fn history_of_all(
     }
     let Some(page) = page else {
         let store = Arc::clone(&state.store);
-        return stream_all(form, ConnectionsOfAll { store, span, after: None, ended: false }).await;
+        return export(form, ConnectionsOfAll { store, span, after: None, ended: false }).await;
     };
     let mut rows = state.store.next_connections_of_all(span, page.after, page.limit + 1).await?;
     let more = rows.len() > page.limit as usize;
@@ -189,9 +193,12 @@ struct ConnectionsOfAll {
     ended: bool,
 }
 
+impl Table for ConnectionsOfAll {
+    const COLUMNS: &'static [&'static str] = COLUMNS;
+}
+
 impl Source for ConnectionsOfAll {
     type Item = ConnectionRow;
-    const COLUMNS: &'static [&'static str] = COLUMNS;
 
     async fn next(&mut self) -> Result<Vec<ConnectionRow>, StoreError> {
         if self.ended {

@@ -1,25 +1,16 @@
 //! Answers in other forms than a page of JSON: everything that was asked for, line by line.
 //!
-//! `Accept` decides. A stream holds one batch at a time, however long the history is, and a failure in its middle breaks
-//! it off, so that it never looks complete. It must not know what is exported: a [`Source`] does.
+//! `Accept` decides. It must not know what is exported: a [`Table`] does.
 
-use std::future::Future;
-
-use axum::BoxError;
-use axum::body::{Body, Bytes};
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use futures_util::stream;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::error::ApiError;
-use crate::store::StoreError;
-
-/// How many items a batch has.
-pub(super) const BATCH: u32 = 1_000;
+use super::stream::{Source, stream_all};
 
 /// The form of an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,45 +89,23 @@ pub(super) fn document(body: impl Serialize) -> Response {
     response
 }
 
-/// Where the items of an export come from.
-pub(super) trait Source: Send + 'static {
-    /// One line.
-    type Item: Serialize + Send;
+/// What can be exported: in lines, and as CSV in columns.
+pub(super) trait Table: Source<Item: Serialize> {
     /// The fields of an item, in the order of the columns.
     const COLUMNS: &'static [&'static str];
-    /// The next items; an empty batch is the end.
-    fn next(&mut self) -> impl Future<Output = Result<Vec<Self::Item>, StoreError>> + Send;
 }
 
 /// Streams everything a source has, in lines.
-pub(super) async fn stream_all<S: Source>(form: Representation, mut source: S) -> Result<Response, ApiError> {
-    // Before the answer begins, a failure still has a status of its own.
-    let first = source.next().await?;
+pub(super) async fn export<S: Table>(form: Representation, source: S) -> Result<Response, ApiError> {
     let mut head = Vec::new();
     if form == Representation::Csv {
         write_record(&mut head, S::COLUMNS.iter().map(|name| Some((*name).to_owned())));
     }
-    let state = Some((source, first, head));
-    let body = stream::try_unfold(state, move |state| async move {
-        let Some((mut source, batch, mut text)) = state else { return Ok(None) };
-        let ended = batch.is_empty();
-        for item in &batch {
-            write_line::<S>(form, &mut text, item)?;
-        }
-        if ended {
-            return Ok::<_, BoxError>((!text.is_empty()).then(|| (Bytes::from(text), None)));
-        }
-        let next = match source.next().await {
-            Ok(next) => next,
-            Err(error) => {
-                tracing::warn!(%error, "an export was broken off");
-                // An error drops what the HTTP connection has not sent; a pause lets it send the batches before.
-                tokio::task::yield_now().await;
-                return Err(error.into());
-            }
-        };
-        Ok(Some((Bytes::from(text), Some((source, next, Vec::new())))))
+    let body = stream_all("an export", source, move |batch, text| {
+        text.append(&mut head);
+        batch.iter().try_for_each(|item| write_line::<S>(form, text, item))
     });
+    let body = body.await?;
     let kind = match form {
         Representation::Csv => HeaderValue::from_static("text/csv; charset=utf-8; header=present"),
         Representation::Json | Representation::Ndjson => {
@@ -144,10 +113,10 @@ pub(super) async fn stream_all<S: Source>(form: Representation, mut source: S) -
         }
     };
     let headers = [(header::CONTENT_TYPE, kind), (header::VARY, HeaderValue::from_static("Accept"))];
-    Ok((headers, Body::from_stream(body)).into_response())
+    Ok((headers, body).into_response())
 }
 
-fn write_line<S: Source>(
+fn write_line<S: Table>(
     form: Representation,
     text: &mut Vec<u8>,
     item: &S::Item,

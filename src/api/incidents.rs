@@ -10,12 +10,10 @@ use utoipa::{IntoParams, ToSchema};
 use super::ApiState;
 use super::error::{ApiError, BadRequest, Refusals};
 use super::page::Params;
-use super::past::{observer, refuse_forgotten};
+use super::past::{observer, read_span, refuse_forgotten};
 use crate::clock::Moment;
 use crate::incidents::Incident;
-
-/// The span that is answered for if nobody says.
-const DEFAULT_SPAN: Duration = Duration::from_hours(24);
+use crate::store::Span;
 
 /// The longest span.
 const MAX_SPAN: Duration = Duration::from_hours(7 * 24);
@@ -71,18 +69,13 @@ pub(super) async fn list(
     State(state): State<ApiState>,
     mut params: Params,
 ) -> Result<Json<IncidentList>, ApiError> {
-    let (from, to) = (params.moment("from")?, params.moment("to")?);
+    let observer = observer(&state);
+    let Span { from, to } = read_span(&mut params, observer.now)?;
     params.finish()?;
-    let now = state.clock.now();
-    let to = to.map_or(now, |to| to.min(now));
-    let from = from.unwrap_or_else(|| to.before(DEFAULT_SPAN));
-    if from >= to {
-        return Err(ApiError::bad("from", "must be before to, and in the past"));
-    }
     if to.since(from) > MAX_SPAN {
         return Err(ApiError::bad("from", "must be at most 7 days before to"));
     }
-    let watch = state.store.watch(observer(&state)).await?;
+    let watch = state.store.watch(observer).await?;
     refuse_forgotten("from", from, &watch)?;
     let turn = state.turn().await?;
     // Hours of which history was forgotten are not hours without a disconnect.

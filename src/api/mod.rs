@@ -16,6 +16,7 @@ mod orders;
 mod page;
 mod past;
 mod probes;
+mod stream;
 mod timeline;
 
 use std::sync::Arc;

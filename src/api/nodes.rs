@@ -2,12 +2,9 @@
 
 use std::sync::Arc;
 
-use axum::BoxError;
-use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use futures_util::stream;
 use serde::Serialize;
 use serde_json::Value;
 use utoipa::ToSchema;
@@ -15,15 +12,13 @@ use utoipa::ToSchema;
 use super::ApiState;
 use super::error::{ApiError, BadRequest, Refusals};
 use super::page::Params;
+use super::stream::{BATCH, Source, stream_all};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::store::{AgentFilter, AgentRow, PageRequest, Status, Store, StoreError};
 
 /// Where it is; the token may come in another header here.
 pub(super) const PATH: &str = "/api/agent/nodes";
-
-/// How many agents are in memory at once.
-const PAGE: u32 = 1_000;
 
 /// An agent as services see it.
 #[derive(Debug, Serialize, ToSchema)]
@@ -78,54 +73,42 @@ impl From<AgentRow> for NodeItem {
     responses((status = 200, description = "All agents", body = Vec<NodeItem>), BadRequest, Refusals))]
 pub(super) async fn list(State(state): State<ApiState>, params: Params) -> Result<Response, ApiError> {
     params.finish()?;
-    // Before the answer begins, a failure still has a status of its own.
-    let first = next_page(state.store.as_ref(), None).await?;
-    let walk = (state.store, Step::First(first));
-    let body = Body::from_stream(stream::try_unfold(walk, write_page));
-    Ok(([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], body).into_response())
-}
-
-/// Where the walk through the fleet stands.
-enum Step {
-    /// This page comes first.
-    First(Vec<AgentRow>),
-    /// What follows this agent comes next.
-    After(InstanceUid),
-    /// Everything was written.
-    Done,
-}
-
-async fn next_page(store: &dyn Store, after: Option<InstanceUid>) -> Result<Vec<AgentRow>, StoreError> {
-    store.next_agents(&AgentFilter::default(), PageRequest { after, limit: PAGE }).await
-}
-
-/// Writes one page; an error breaks the body off, so that it never looks complete.
-async fn write_page(
-    (store, step): (Arc<dyn Store>, Step),
-) -> Result<Option<(Bytes, (Arc<dyn Store>, Step))>, BoxError> {
-    let (rows, mut text) = match step {
-        Step::First(rows) => (rows, vec![b'[']),
-        Step::After(last) => {
-            let page = next_page(store.as_ref(), Some(last)).await;
-            if let Err(error) = &page {
-                tracing::warn!(%error, "a list of all agents was broken off");
-                // An error drops what the HTTP connection has not sent; a pause lets it send the pages before.
-                tokio::task::yield_now().await;
-            }
-            (page?, Vec::new())
+    let fleet = Fleet { store: state.store, after: None, ended: false };
+    let mut separator = b'[';
+    let body = stream_all("a list of all agents", fleet, move |rows, text| {
+        let ended = rows.is_empty();
+        for row in rows {
+            text.push(separator);
+            separator = b',';
+            serde_json::to_writer(&mut *text, &NodeItem::from(row))?;
         }
-        Step::Done => return Ok(None),
-    };
-    let full = rows.len() == PAGE as usize;
-    let next = rows.last().filter(|_| full).map_or(Step::Done, |row| Step::After(row.id));
-    for row in rows {
-        if text != b"[" {
-            text.push(b',');
+        if ended {
+            text.extend(if separator == b'[' { &b"[]"[..] } else { b"]" });
         }
-        serde_json::to_writer(&mut text, &NodeItem::from(row))?;
+        Ok(())
+    });
+    let headers = [(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))];
+    Ok((headers, body.await?).into_response())
+}
+
+/// All agents, by id.
+struct Fleet {
+    store: Arc<dyn Store>,
+    after: Option<InstanceUid>,
+    ended: bool,
+}
+
+impl Source for Fleet {
+    type Item = AgentRow;
+
+    async fn next(&mut self) -> Result<Vec<AgentRow>, StoreError> {
+        if self.ended {
+            return Ok(Vec::new());
+        }
+        let page = PageRequest { after: self.after, limit: BATCH };
+        let rows = self.store.next_agents(&AgentFilter::default(), page).await?;
+        self.after = rows.last().map(|row| row.id);
+        self.ended = rows.len() < BATCH as usize;
+        Ok(rows)
     }
-    if !full {
-        text.push(b']');
-    }
-    Ok(Some((text.into(), (store, next))))
 }

@@ -12,9 +12,10 @@ use utoipa::{IntoParams, ToSchema};
 use super::ApiState;
 use super::agents::AgentId;
 use super::error::{ApiError, BadRequest, OtherForm, Refusals, UnknownAgent};
-use super::export::{BATCH, Representation, Source, document, stream_all};
+use super::export::{Representation, Table, document, export};
 use super::page::Params;
 use super::past::{TimeQuery, observer, read_span, refuse_forgotten};
+use super::stream::{BATCH, Source};
 use crate::agent::InstanceUid;
 use crate::clock::{Moment, micros};
 use crate::store::{MOST_ROWS, Observer, Span, Stay, Store, StoreError};
@@ -74,7 +75,7 @@ pub(super) async fn of_agent(
     state.store.get_agent_row(agent).await?.ok_or(ApiError::NoSuchAgent(agent))?;
     let mut source = Intervals::new(Arc::clone(&state.store), agent, span, observer);
     if form != Representation::Json {
-        return stream_all(form, source).await;
+        return export(form, source).await;
     }
     let mut told = Vec::new();
     loop {
@@ -110,9 +111,12 @@ impl Intervals {
     }
 }
 
+impl Table for Intervals {
+    const COLUMNS: &'static [&'static str] = &["from", "to", "state", "connection_id", "reason", "watched"];
+}
+
 impl Source for Intervals {
     type Item = Interval;
-    const COLUMNS: &'static [&'static str] = &["from", "to", "state", "connection_id", "reason", "watched"];
 
     async fn next(&mut self) -> Result<Vec<Interval>, StoreError> {
         while self.span.from < self.span.to {
@@ -204,7 +208,7 @@ pub(super) async fn of_fleet(
     // Of a large fleet this takes longer than links may wait for their turn.
     let told = tokio::task::spawn_blocking(move || {
         let _until_counted = turn;
-        steps(&past, span, step)
+        steps(past, span, step)
     });
     let told = told.await;
     let steps = told.map_err(|error| {
