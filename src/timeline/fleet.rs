@@ -135,24 +135,27 @@ impl Changes {
 
 /// The counts at every step of a span, which has at least one; the last step ends with the span.
 #[must_use]
-pub fn steps(past: &FleetPast, span: Span, step: Duration) -> Vec<Step> {
+pub fn steps(past: FleetPast, span: Span, step: Duration) -> Vec<Step> {
     let grid = Grid::new(span, step);
-    let mut changes = Changes { grid, by_standing: HashMap::new() };
-    let mut statuses: HashMap<Uuid, Vec<(Moment, Status)>> = HashMap::new();
-    for (agent, at, status) in &past.changes {
-        statuses.entry(*agent).or_default().push((*at, *status));
-    }
-    let mut stays: HashMap<Uuid, Vec<Stay>> = HashMap::new();
-    for (agent, stay) in &past.stays {
-        stays.entry(*agent).or_default().push(stay.clone());
-    }
-    for (agent, first) in &past.agents {
-        let statuses = statuses.get(agent).map_or(&[][..], Vec::as_slice);
-        let stays = stays.get(agent).map_or(&[][..], Vec::as_slice);
-        changes.add_agent(*first, statuses, stays);
-    }
     let mut told: Vec<Step> =
         (0..grid.count).map(|index| Step { at: grid.at(index), ..Step::default() }).collect();
+    let mut changes = Changes { grid, by_standing: HashMap::new() };
+    let mut statuses: HashMap<Uuid, Vec<(Moment, Status)>> = HashMap::new();
+    for (agent, at, status) in past.changes {
+        statuses.entry(agent).or_default().push((at, status));
+    }
+    let mut stays: HashMap<Uuid, Vec<Stay>> = HashMap::new();
+    for (agent, stay) in past.stays {
+        if let Some(index) = grid.holding(stay.connected_at) {
+            told[index].came += 1;
+        }
+        stays.entry(agent).or_default().push(stay);
+    }
+    for (agent, first) in past.agents {
+        let statuses = statuses.get(&agent).map_or(&[][..], Vec::as_slice);
+        let stays = stays.get(&agent).map_or(&[][..], Vec::as_slice);
+        changes.add_agent(first, statuses, stays);
+    }
     for ((status, proof), changes) in changes.by_standing {
         let mut count = 0;
         for (step, change) in told.iter_mut().zip(changes) {
@@ -168,9 +171,6 @@ pub fn steps(past: &FleetPast, span: Span, step: Duration) -> Vec<Step> {
                 step.unknown += count;
             }
         }
-    }
-    for index in past.stays.iter().filter_map(|(_, stay)| grid.holding(stay.connected_at)) {
-        told[index].came += 1;
     }
     for index in past.ends.iter().filter_map(|at| grid.holding(*at)) {
         told[index].went += 1;

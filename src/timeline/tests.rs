@@ -141,7 +141,7 @@ proptest! {
         past.changes.sort_by_key(|(_, when, _)| *when);
         past.changes.retain(|(_, when, _)| *when > at(from));
         let span = Span { from: at(from), to: at(from + length) };
-        let told = steps(&past, span, Duration::from_secs(step));
+        let told = steps(past.clone(), span, Duration::from_secs(step));
         let mut moments = Vec::new();
         let mut moment = span.from;
         while moment < span.to {
