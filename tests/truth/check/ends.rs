@@ -7,7 +7,7 @@ use opamp_server::close::{Cause, CloseReason};
 use super::{Case, longest_silence, rows};
 use crate::bounds::{CLOCK, LONG_PAUSE, READ, TIMEOUT};
 use crate::database::{Kind, Row};
-use crate::record::{End, Stay, Trouble, Way, Window};
+use crate::record::{End, Stay, Trouble, Way};
 
 /// How long before an end a trouble may have begun to show in it.
 const TRACE: Duration = Duration::from_secs(3);
@@ -136,19 +136,22 @@ pub(super) fn unknown(case: &Case<'_>) -> Vec<String> {
 
 /// Who starts ends what its predecessor left before it is ready: with one node, nobody else ends it as lost.
 pub(super) fn inherited(case: &Case<'_>) -> Vec<String> {
-    let starts = case.evidence.windows.iter().filter(|window| window.trouble == Trouble::Down);
-    let starts: Vec<Window> = starts.copied().collect();
+    if case.evidence.kind == Kind::TwoNodes {
+        return Vec::new();
+    }
     let late = case.rows.iter().filter_map(|row| {
         let by = row.disconnected_by?;
         let lost = row.disconnect_reason.as_deref() == Some("server_lost");
-        let in_a_start = starts.iter().any(|start| start.overlaps(by.before(CLOCK), by.after(CLOCK)));
+        let in_a_start = case.evidence.windows.iter().any(|window| {
+            window.trouble == Trouble::Down && window.overlaps(by.before(CLOCK), by.after(CLOCK))
+        });
         // Who was displaced shortly before the loss had fled from it.
         let fled = case.rows.iter().any(|next| next.connected_at == by);
         (lost && !in_a_start && !fled).then(|| {
             format!("row {} is known as lost only from {by}, and no server was starting then", row.id)
         })
     });
-    if case.evidence.kind == Kind::TwoNodes { Vec::new() } else { late.collect() }
+    late.collect()
 }
 
 /// Full state is asked for where a number does not continue, and once.
