@@ -206,6 +206,28 @@ mod tests {
         assert!(found.is_some_and(|r| r.status == 200 && r.body == b"abc" && r.reusable));
     }
 
+    #[tokio::test]
+    async fn a_report_is_packed_where_that_is_wanted() {
+        let report = AgentToServer { instance_uid: vec![7; 16], sequence_num: 9, ..AgentToServer::default() };
+        for gzip in [false, true] {
+            let target = "http://127.0.0.1:1/v1/opamp".parse();
+            let endpoint = Endpoint::resolve(target.unwrap(), Vec::new(), None, gzip).await.unwrap();
+            let bytes = request(&endpoint, &report);
+            let end = find(&bytes, b"\r\n\r\n").unwrap();
+            let head = str::from_utf8(&bytes[..end]).unwrap();
+            let body = bytes[end + 4..].to_vec();
+            assert!(head.contains(&format!("Content-Length: {}", body.len())), "{head}");
+            assert_eq!(head.contains("Content-Encoding: gzip"), gzip, "{head}");
+            assert_eq!(head.contains("Accept-Encoding: gzip"), gzip, "{head}");
+            let mut headers = HeaderMap::new();
+            if gzip {
+                headers.insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+            }
+            let sent = Response { status: StatusCode::OK, headers, body, reusable: true };
+            assert_eq!(sent.unpacked(1000).unwrap(), report.encode_to_vec());
+        }
+    }
+
     #[test]
     fn a_packed_body_is_unpacked_up_to_the_limit() {
         let body = packed(&[7; 1000]);
