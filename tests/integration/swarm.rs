@@ -1,5 +1,7 @@
 //! The swarm against the server: each way in which its agents misbehave leads to what the server promises about it.
 
+#![expect(clippy::expect_used, reason = "in a test a panic with a sentence is the report")]
+
 use std::process::Stdio;
 use std::time::Duration;
 
