@@ -14,4 +14,5 @@ mod protocol;
 mod rest;
 mod shutdown;
 mod store;
+mod swarm;
 mod time_travel;

@@ -8,14 +8,17 @@ use std::{
     time::Duration,
 };
 
-use anyhow::ensure;
-use clap::{Parser, ValueEnum, builder::RangedU64ValueParser};
+use anyhow::{bail, ensure};
+use clap::{CommandFactory, Parser, ValueEnum, builder::RangedU64ValueParser, error::ErrorKind};
 use humantime_serde::re::humantime;
 
-use crate::endpoint::Target;
+use crate::endpoint::{Target, Transport};
 
 /// The most agents one process may hold: its links must fit into the usual limit of open files.
 const MAX_AGENTS: u64 = 18_000;
+const MAX_SEATS: u64 = 1_000;
+/// More than any machine does, so that a typing error is told.
+const MAX_RATE: f64 = 1_000_000.0;
 const MAX_REPORT_BYTES: u64 = 64 * 1024 * 1024;
 const MAX_DURATION: Duration = Duration::from_hours(365 * 24);
 /// How long a run lasts once all are connected, unless a controlling process ends it.
@@ -27,6 +30,7 @@ const DEFAULT_DURATION: Duration = Duration::from_mins(1);
 /// answered; 1: not so; 2: wrong use.
 #[derive(Parser)]
 #[command(name = "opamp-swarm", version)]
+#[expect(clippy::struct_excessive_bools, reason = "each is an option of its own")]
 pub(crate) struct Args {
     /// Where the server listens for agents: ws:// for WebSocket, http:// for plain HTTP polling
     #[arg(long, value_name = "URL", default_value = "ws://127.0.0.1:4320/v1/opamp")]
@@ -41,6 +45,12 @@ pub(crate) struct Args {
     #[arg(long, value_name = "R", default_value = "500")]
     pub(crate) connect_rate: u32,
 
+    /// Pause before an agent tries again, between half of it and all of it, never shorter than a
+    /// `Retry-After` of the server [default: as real agents do: none after a break, then from 500ms
+    /// doubling up to 30s]
+    #[arg(long, value_name = "DURATION", value_parser = duration)]
+    pub(crate) redial_pause: Option<Duration>,
+
     /// Give up if not all are connected this long after the last was started; 0s = never
     #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = duration)]
     pub(crate) connect_timeout: Duration,
@@ -54,6 +64,33 @@ pub(crate) struct Args {
     #[arg(long, value_name = "BYTES", default_value = "2048",
           value_parser = RangedU64ValueParser::<usize>::new().range(..=MAX_REPORT_BYTES))]
     pub(crate) report_bytes: usize,
+
+    /// Agents per second, of the whole fleet, whose health changes and is reported
+    #[arg(long, value_name = "R", default_value = "0", value_parser = rate)]
+    pub(crate) health_change_rate: f64,
+
+    /// Agents per second, of the whole fleet, that restart: they go as --leave says and come back after
+    /// --redial-pause, numbering from 0 and reporting everything
+    #[arg(long, value_name = "R", default_value = "0", value_parser = rate)]
+    pub(crate) churn: f64,
+
+    /// Percentage of the agents that neither send nor read anything, nor answer pings, once all are
+    /// connected; their links stay open
+    #[arg(long, value_name = "P", default_value = "0", value_parser = percentage)]
+    pub(crate) silence: f64,
+
+    /// Percentage of the agents that stop reading for 10 s again and again and go on sending
+    #[arg(long, value_name = "P", default_value = "0", value_parser = percentage)]
+    pub(crate) slow_readers: f64,
+
+    /// Agents that share one WebSocket, 1 to 1000
+    #[arg(long, value_name = "N", default_value = "1",
+          value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_SEATS))]
+    pub(crate) multiplex: usize,
+
+    /// Pack the bodies of plain HTTP with gzip, in both directions
+    #[arg(long)]
+    pub(crate) gzip: bool,
 
     /// How long to go on after all are connected; 0s = until SIGINT or SIGTERM
     /// [default: 60s; with --control: until `quit`]
@@ -77,7 +114,7 @@ pub(crate) struct Args {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u8).range(1..=254))]
     sources: Option<u8>,
 
-    /// How the agents go at the end
+    /// How the agents go at the end, and when they restart
     #[arg(long, value_enum, default_value = "orderly")]
     pub(crate) leave: Leave,
 
@@ -103,6 +140,20 @@ fn duration(text: &str) -> anyhow::Result<Duration> {
     Ok(duration)
 }
 
+fn rate(text: &str) -> anyhow::Result<f64> {
+    within(text, MAX_RATE)
+}
+
+fn percentage(text: &str) -> anyhow::Result<f64> {
+    within(text, 100.0)
+}
+
+fn within(text: &str, most: f64) -> anyhow::Result<f64> {
+    let number: f64 = text.parse()?;
+    ensure!((0.0..=most).contains(&number), "0 to {most}");
+    Ok(number)
+}
+
 /// How agents end their stay.
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Leave {
@@ -113,6 +164,40 @@ pub(crate) enum Leave {
 }
 
 impl Args {
+    /// Ends the process where the command line is wrong or asks for help.
+    pub(crate) fn from_command_line() -> Self {
+        let args = Self::parse();
+        if let Err(error) = args.check() {
+            Self::command().error(ErrorKind::ArgumentConflict, error).exit();
+        }
+        args
+    }
+
+    /// What no single option can tell.
+    fn check(&self) -> anyhow::Result<()> {
+        match self.url.transport {
+            Transport::WebSocket if self.gzip => {
+                bail!("--gzip is for plain HTTP: give a --url that begins with http://")
+            }
+            Transport::Http if self.shares_links() => {
+                bail!("--multiplex is for WebSockets: give a --url that begins with ws://")
+            }
+            Transport::WebSocket if self.shares_links() && self.slow_readers > 0.0 => {
+                bail!("--slow-readers would hold up all who share the link: leave out --multiplex")
+            }
+            Transport::WebSocket | Transport::Http => Ok(()),
+        }
+    }
+
+    pub(crate) fn shares_links(&self) -> bool {
+        self.multiplex > 1
+    }
+
+    /// How many connections to the server the fleet has.
+    pub(crate) fn links(&self) -> usize {
+        self.agents.div_ceil(self.multiplex)
+    }
+
     pub(crate) fn json(&self) -> bool {
         self.json || self.control
     }
@@ -134,8 +219,6 @@ impl Args {
 
 #[cfg(test)]
 mod tests {
-    use clap::CommandFactory;
-
     use super::*;
 
     fn parse(options: &[&str]) -> Result<Args, clap::Error> {
@@ -163,6 +246,31 @@ mod tests {
         let last = sources.as_ref().and_then(|all| all.last().copied());
         assert_eq!(last, Some(IpAddr::from([127, 0, 0, 3])));
         assert_eq!(sources.map(|all| all.len()), Some(3));
+    }
+
+    #[test]
+    fn options_that_contradict_each_other_are_refused() {
+        let fits = |options: &[&str]| parse(options).is_ok_and(|args| args.check().is_ok());
+        assert!(fits(&["--gzip", "--url", "http://host/x"]));
+        assert!(!fits(&["--gzip", "--url", "ws://host/x"]));
+        assert!(fits(&["--multiplex", "50"]));
+        assert!(!fits(&["--multiplex", "50", "--url", "http://host/x"]));
+        assert!(!fits(&["--multiplex", "50", "--slow-readers", "1"]));
+        assert!(fits(&["--slow-readers", "1", "--silence", "0.5", "--churn", "2.5"]));
+    }
+
+    #[test]
+    fn rates_and_percentages_are_within_range() {
+        for wrong in [["--silence", "101"], ["--silence", "-1"], ["--churn", "NaN"], ["--churn", "1e9"]] {
+            assert!(parse(&[&format!("{}={}", wrong[0], wrong[1])]).is_err(), "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn agents_that_share_need_fewer_links() {
+        let links = |options: &[&str]| parse(options).map(|args| args.links()).ok();
+        assert_eq!(links(&["--agents", "10"]), Some(10));
+        assert_eq!(links(&["--agents", "10", "--multiplex", "4"]), Some(3));
     }
 
     #[test]

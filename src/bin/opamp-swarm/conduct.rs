@@ -4,9 +4,10 @@
 //! that the result is told in every case. Must not know how agents do what they do.
 
 use std::{
+    future::pending,
     io::{IsTerminal, stderr},
     pin::pin,
-    sync::Arc,
+    sync::{Arc, atomic::AtomicBool},
     time::Duration,
 };
 
@@ -19,6 +20,8 @@ use crate::{
     counts::Counts,
     endpoint::Endpoint,
     fleet::Fleet,
+    link::Sockets,
+    manners::{Manners, Pace, Share},
     orders::Round,
     output::{self, Course, Event, Outcome},
 };
@@ -26,11 +29,21 @@ use crate::{
 /// True if the first report of every agent was answered and nothing went wrong in the swarm itself.
 pub(crate) async fn run(args: Args) -> anyhow::Result<bool> {
     let sources = args.sources();
-    let endpoint = Endpoint::resolve(args.url.clone(), sources, args.token.as_deref()).await?;
+    let endpoint = Endpoint::resolve(args.url.clone(), sources, args.token.as_deref(), args.gzip).await?;
     let common = Arc::new(Common {
         endpoint: Arc::new(endpoint),
+        shared: args.shares_links().then(|| Sockets::new(args.agents, args.multiplex)),
         interval: args.interval,
+        redial_pause: args.redial_pause,
         report_bytes: args.report_bytes,
+        manners: Manners {
+            changes: Pace::new(args.health_change_rate, args.agents),
+            restarts: Pace::new(args.churn, args.agents),
+            silent: Share::new(args.silence),
+            slow: Share::new(args.slow_readers),
+        },
+        leave: args.leave,
+        silence: AtomicBool::new(false),
         counts: Counts::new(args.agents),
         round: Round::default(),
     });
@@ -71,6 +84,7 @@ impl Conductor {
             let time = self.started.elapsed();
             connect_time = Some(time);
             self.tell(&Event::connected(self.args.agents, time));
+            fleet.silence();
             self.last(&fleet).await;
         }
         let connected = self.common.counts.connected();
@@ -114,9 +128,11 @@ impl Conductor {
     async fn last(&mut self, fleet: &Fleet) {
         let duration = self.args.duration();
         let mut end = pin!(sleep(duration.unwrap_or(Duration::ZERO)));
+        let common = Arc::clone(&self.common);
         loop {
             tokio::select! {
                 () = &mut end, if duration.is_some() => return,
+                away = all_back(&common) => self.tell(&Event::returned(self.args.agents, away)),
                 command = self.control.next() => match command {
                     Command::Quit => return,
                     Command::Beat(reports) => {
@@ -160,4 +176,9 @@ impl Conductor {
     fn complain(&self, message: String) {
         self.tell(&Event::Error { message });
     }
+}
+
+/// Waits until everybody is back; where agents come and go all the time, that means nothing.
+async fn all_back(common: &Common) -> Duration {
+    if common.manners.restarts.is_never() { common.counts.all_back().await } else { pending().await }
 }

@@ -16,7 +16,7 @@ use std::{
 };
 
 use opamp_server::proto::ServerErrorResponseType;
-use tokio::sync::Notify;
+use tokio::{sync::Notify, time::Instant};
 
 use crate::{histogram::Histogram, loss::Loss};
 
@@ -49,17 +49,42 @@ pub(crate) struct Counts {
     pub(crate) full_state_requests: Counter,
     pub(crate) uids_reassigned: Counter,
     pub(crate) reconnects: Counter,
+    /// Agents that left by themselves to come back as a new process.
+    pub(crate) restarts: Counter,
     /// Agents whose farewell the server acknowledged.
     pub(crate) farewells: Counter,
     pub(crate) errors: Errors,
     /// Time from an agent's first report to its answer.
     pub(crate) first_latency: Histogram,
-    /// The same for all later reports.
+    /// The same for reports of a change of health.
+    pub(crate) change_latency: Histogram,
+    /// The same for all others.
     pub(crate) later_latency: Histogram,
     acknowledged: AtomicUsize,
     all_acknowledged: Notify,
     connected: AtomicUsize,
+    silent: AtomicUsize,
+    absence: Mutex<Absence>,
+    all_back: Notify,
     losses: Mutex<BTreeMap<String, u64>>,
+}
+
+/// What an answer took is counted by what was answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Series {
+    /// An agent's first report ever.
+    First,
+    /// A change of health.
+    Change,
+    /// Anything else.
+    Later,
+}
+
+/// The time in which not everybody had a link who should.
+#[derive(Debug, Default)]
+struct Absence {
+    since: Option<Instant>,
+    lasted: Option<Duration>,
 }
 
 /// Error responses by type.
@@ -95,13 +120,18 @@ impl Counts {
             full_state_requests: Counter::default(),
             uids_reassigned: Counter::default(),
             reconnects: Counter::default(),
+            restarts: Counter::default(),
             farewells: Counter::default(),
             errors: Errors::default(),
             first_latency: Histogram::new(),
+            change_latency: Histogram::new(),
             later_latency: Histogram::new(),
             acknowledged: AtomicUsize::new(0),
             all_acknowledged: Notify::new(),
             connected: AtomicUsize::new(0),
+            silent: AtomicUsize::new(0),
+            absence: Mutex::default(),
+            all_back: Notify::new(),
             losses: Mutex::new(BTreeMap::new()),
         }
     }
@@ -125,17 +155,52 @@ impl Counts {
 
     /// A link was answered for the first time.
     pub(crate) fn enter(&self) {
-        self.connected.fetch_add(1, Relaxed);
+        let connected = self.connected.fetch_add(1, AcqRel) + 1;
+        if connected + self.silent() == self.agents {
+            let mut absence = self.absence.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(since) = absence.since.take() {
+                absence.lasted = Some(since.elapsed());
+                self.all_back.notify_one();
+            }
+        }
     }
 
     /// Such a link is gone.
     pub(crate) fn exit(&self) {
-        self.connected.fetch_sub(1, Relaxed);
+        let connected = self.connected.fetch_sub(1, AcqRel);
+        if connected + self.silent() == self.agents {
+            let mut absence = self.absence.lock().unwrap_or_else(PoisonError::into_inner);
+            absence.since = Some(Instant::now());
+        }
     }
 
-    /// Agents whose link was answered and has not been lost since.
+    /// Waits until everybody has a link again after somebody had lost it; how long that took.
+    pub(crate) async fn all_back(&self) -> Duration {
+        loop {
+            self.all_back.notified().await;
+            let mut absence = self.absence.lock().unwrap_or_else(PoisonError::into_inner);
+            if let Some(lasted) = absence.lasted.take() {
+                return lasted;
+            }
+        }
+    }
+
+    /// An agent says nothing any more, on a link that was `answered` or not.
+    pub(crate) fn fall_silent(&self, answered: bool) {
+        self.silent.fetch_add(1, AcqRel);
+        if answered {
+            self.connected.fetch_sub(1, AcqRel);
+        }
+    }
+
+    /// Agents that have fallen silent on purpose.
+    pub(crate) fn silent(&self) -> usize {
+        self.silent.load(Acquire)
+    }
+
+    /// Agents whose link was answered and has not been lost since, those without that are silent.
     pub(crate) fn connected(&self) -> usize {
-        self.connected.load(Relaxed)
+        self.connected.load(Acquire)
     }
 
     pub(crate) fn lose(&self, loss: &Loss) {
@@ -150,8 +215,33 @@ impl Counts {
         losses.clone()
     }
 
-    pub(crate) fn record(&self, first: bool, latency: Duration) {
-        let histogram = if first { &self.first_latency } else { &self.later_latency };
+    pub(crate) fn record(&self, series: Series, latency: Duration) {
+        let histogram = match series {
+            Series::First => &self.first_latency,
+            Series::Change => &self.change_latency,
+            Series::Later => &self.later_latency,
+        };
         histogram.record(latency);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_absence_lasts_from_the_first_that_goes_to_the_last_that_is_back() {
+        let counts = Counts::new(3);
+        let nobody = |counts: &Counts| counts.absence.lock().map(|a| a.lasted.is_none()).ok();
+        (0..3).for_each(|_| counts.enter());
+        assert_eq!(nobody(&counts), Some(true), "the first arrival is no return");
+        counts.fall_silent(true);
+        counts.exit();
+        counts.exit();
+        counts.enter();
+        assert_eq!(nobody(&counts), Some(true));
+        counts.enter();
+        assert!(counts.all_back().await < Duration::from_mins(1));
+        assert_eq!((counts.connected(), counts.silent()), (2, 1));
     }
 }

@@ -43,7 +43,7 @@ impl fmt::Display for Transport {
 /// The URL of the server, as given.
 #[derive(Debug, Clone)]
 pub(crate) struct Target {
-    transport: Transport,
+    pub(crate) transport: Transport,
     uri: Uri,
 }
 
@@ -68,6 +68,8 @@ pub(crate) struct Endpoint {
     pub(crate) transport: Transport,
     pub(crate) uri: Uri,
     pub(crate) authorization: Option<HeaderValue>,
+    /// Bodies are packed, in both directions.
+    pub(crate) gzip: bool,
     address: SocketAddr,
     sources: Vec<IpAddr>,
 }
@@ -77,6 +79,7 @@ impl Endpoint {
         target: Target,
         sources: Vec<IpAddr>,
         token: Option<&str>,
+        gzip: bool,
     ) -> anyhow::Result<Self> {
         let Target { transport, uri } = target;
         let host = uri.host().unwrap_or_default().trim_matches(['[', ']']);
@@ -90,7 +93,7 @@ impl Endpoint {
             .with_context(|| format!("cannot resolve {host}"))?
             .find(fits)
             .with_context(|| format!("no address of {host} goes with the source addresses"))?;
-        Ok(Self { transport, authorization: token.map(bearer).transpose()?, uri, address, sources })
+        Ok(Self { transport, authorization: token.map(bearer).transpose()?, uri, gzip, address, sources })
     }
 
     /// Opens a TCP connection from the source address whose turn it is.

@@ -3,7 +3,10 @@
 //! Promises that every agent's task has an owner and that leaving ends in bounded time. Must not
 //! know when to do what, nor how results are shown.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
 
 use tokio::{
     sync::watch,
@@ -64,6 +67,13 @@ impl Fleet {
         round.finish().await
     }
 
+    /// Those who are to fall silent do so now.
+    pub(crate) fn silence(&self) {
+        self.common.silence.store(true, Relaxed);
+        // Nothing new: it makes every agent look.
+        self.orders.send_replace(Order::Live);
+    }
+
     /// Ends every agent; how many of their tasks failed on the way or did not end in time.
     pub(crate) async fn leave(mut self, how: Leave) -> usize {
         if how == Leave::Abrupt {
@@ -74,6 +84,9 @@ impl Fleet {
         let all = async {
             while let Some(ended) = self.tasks.join_next().await {
                 failed += usize::from(ended.is_err_and(|error| error.is_panic()));
+            }
+            if let Some(shared) = self.common.shared.as_ref().filter(|_| how == Leave::Orderly) {
+                shared.closed().await;
             }
         };
         let in_time = timeout(LEAVE_LIMIT, all).await;

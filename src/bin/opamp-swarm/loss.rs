@@ -18,7 +18,7 @@ const UNREADABLE_RETRY_AFTER: Duration = Duration::from_secs(30);
 const NO_CODE: u16 = 1005;
 
 /// Why a link could not be opened, or ended against the agent's wish.
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 pub(crate) enum Loss {
     /// The server answered the handshake or the poll with this status.
     Refused(StatusCode, Option<Duration>),
@@ -135,12 +135,21 @@ impl From<WebSocketError> for Loss {
 #[derive(Debug)]
 pub(crate) struct Backoff {
     failures: u32,
+    /// Instead of the ever longer waits of real agents.
+    pause: Option<Duration>,
 }
 
 impl Backoff {
-    /// For an agent that was never answered, so that no failure can be a break.
-    pub(crate) fn new() -> Self {
-        Self { failures: 1 }
+    /// For an agent that was never answered, so that no failure can be a break. With a `pause`, every
+    /// wait is half of that or more; the server's wish remains the least.
+    pub(crate) fn new(pause: Option<Duration>) -> Self {
+        Self { failures: 1, pause }
+    }
+
+    /// How long an agent that left by itself stays away; it comes back as one that was never answered.
+    pub(crate) fn restart(&mut self, rng: &mut Rng) -> Duration {
+        self.failures = 1;
+        jittered(self.pause.unwrap_or(FIRST_WAIT), rng)
     }
 
     pub(crate) fn answered(&mut self) {
@@ -151,14 +160,21 @@ impl Backoff {
     pub(crate) fn after(&mut self, loss: &Loss, rng: &mut Rng) -> Duration {
         let doublings = self.failures.saturating_sub(1).min(10);
         let longest = FIRST_WAIT.saturating_mul(1 << doublings).min(LONGEST_WAIT);
-        let own = if self.failures == 0 && loss.is_break() {
+        let own = if let Some(pause) = self.pause {
+            jittered(pause, rng)
+        } else if self.failures == 0 && loss.is_break() {
             Duration::ZERO
         } else {
-            longest.mul_f64(0.5 + rng.f64() / 2.0)
+            jittered(longest, rng)
         };
         self.failures += 1;
         own.max(loss.retry_after())
     }
+}
+
+/// Between half of it and all of it.
+fn jittered(wait: Duration, rng: &mut Rng) -> Duration {
+    wait.mul_f64(0.5 + rng.f64() / 2.0)
 }
 
 #[cfg(test)]
@@ -175,7 +191,7 @@ mod tests {
 
     #[test]
     fn a_break_is_followed_at_once_then_ever_slower() {
-        let (mut backoff, mut rng) = (Backoff::new(), Rng::with_seed(1));
+        let (mut backoff, mut rng) = (Backoff::new(None), Rng::with_seed(1));
         backoff.answered();
         let mut wait = || backoff.after(&Loss::Eof, &mut rng);
         assert_eq!(wait(), Duration::ZERO);
@@ -186,13 +202,13 @@ mod tests {
 
     #[test]
     fn a_newcomer_does_not_hurry() {
-        let (mut backoff, mut rng) = (Backoff::new(), Rng::with_seed(1));
+        let (mut backoff, mut rng) = (Backoff::new(None), Rng::with_seed(1));
         assert!(backoff.after(&Loss::Eof, &mut rng) >= FIRST_WAIT / 2);
     }
 
     #[test]
     fn an_answer_restores_the_patience() {
-        let (mut backoff, mut rng) = (Backoff::new(), Rng::with_seed(1));
+        let (mut backoff, mut rng) = (Backoff::new(None), Rng::with_seed(1));
         backoff.after(&Loss::Eof, &mut rng);
         backoff.answered();
         assert_eq!(backoff.after(&Loss::Eof, &mut rng), Duration::ZERO);
@@ -200,10 +216,23 @@ mod tests {
 
     #[test]
     fn the_server_s_wish_is_the_least_wait() {
-        let (mut backoff, mut rng) = (Backoff::new(), Rng::with_seed(1));
+        let (mut backoff, mut rng) = (Backoff::new(None), Rng::with_seed(1));
         assert_eq!(backoff.after(&busy("7"), &mut rng), Duration::from_secs(7));
         let date = busy("Wed, 21 Oct 2026 07:28:00 GMT");
         assert_eq!(backoff.after(&date, &mut rng), UNREADABLE_RETRY_AFTER);
+    }
+
+    #[test]
+    fn a_pause_of_one_s_own_grows_not_but_gives_way_to_the_server_s_wish() {
+        let pause = Duration::from_millis(100);
+        let (mut backoff, mut rng) = (Backoff::new(Some(pause)), Rng::with_seed(1));
+        backoff.answered();
+        for _ in 0..12 {
+            let wait = backoff.after(&Loss::Eof, &mut rng);
+            assert!(wait >= pause / 2 && wait <= pause, "{wait:?}");
+        }
+        assert_eq!(backoff.after(&busy("45"), &mut rng), Duration::from_secs(45));
+        assert!(backoff.restart(&mut rng) <= pause);
     }
 
     #[test]

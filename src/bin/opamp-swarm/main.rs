@@ -18,21 +18,20 @@ mod identity;
 mod limits;
 mod link;
 mod loss;
+mod manners;
 mod orders;
 mod output;
 mod report;
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 use crate::args::Args;
 
 const WRONG_USE: u8 = 2;
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    if let Err(error) = limits::raise_open_files(args.agents) {
+    let args = Args::from_command_line();
+    if let Err(error) = limits::raise_open_files(args.links()) {
         eprintln!("opamp-swarm: {error:#}");
         return ExitCode::from(WRONG_USE);
     }

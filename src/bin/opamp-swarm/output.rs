@@ -27,6 +27,12 @@ pub(crate) enum Event {
         seconds: f64,
         per_second: f64,
     },
+    /// Everybody has a working link again, so long after the first had lost it.
+    Returned {
+        agents: usize,
+        seconds: f64,
+        per_second: f64,
+    },
     /// A round of ordered heartbeats is over; `reports` of them were answered, the rest `missed`.
     Beaten {
         reports: u64,
@@ -61,6 +67,10 @@ pub(crate) struct Outcome {
     pub(crate) uids_reassigned: u64,
     pub(crate) errors: ErrorCounts,
     pub(crate) reconnects: u64,
+    /// Agents that left to come back as a new process.
+    pub(crate) restarts: u64,
+    /// Agents that fell silent on purpose.
+    pub(crate) silent: usize,
     pub(crate) http_401: u64,
     pub(crate) http_503: u64,
     pub(crate) losses: BTreeMap<String, u64>,
@@ -76,10 +86,11 @@ pub(crate) struct ErrorCounts {
     unavailable: u64,
 }
 
-/// From a report to its offer: each agent's first, all later ones, both.
+/// From a report to its offer: each agent's first, changes of health, all others, and all of these.
 #[derive(Debug, Serialize)]
 pub(crate) struct Latencies {
     first: Latency,
+    change: Latency,
     later: Latency,
     all: Latency,
 }
@@ -106,6 +117,10 @@ pub(crate) struct Course {
 impl Event {
     pub(crate) fn connected(agents: usize, time: Duration) -> Self {
         Self::Connected { agents, seconds: rounded(time.as_secs_f64()), per_second: rate(agents, time) }
+    }
+
+    pub(crate) fn returned(agents: usize, away: Duration) -> Self {
+        Self::Returned { agents, seconds: rounded(away.as_secs_f64()), per_second: rate(agents, away) }
     }
 
     pub(crate) fn beaten(reports: u64, wanted: u64, time: Duration) -> Self {
@@ -148,6 +163,8 @@ impl Outcome {
                 unavailable: counts.errors.unavailable.get(),
             },
             reconnects: counts.reconnects.get(),
+            restarts: counts.restarts.get(),
+            silent: counts.silent(),
             http_401: lost_by("http_401"),
             http_503: lost_by("http_503"),
             losses,
@@ -162,9 +179,11 @@ impl Latencies {
     fn new(counts: &Counts) -> Self {
         let all = Histogram::new();
         all.merge(&counts.first_latency);
+        all.merge(&counts.change_latency);
         all.merge(&counts.later_latency);
         Self {
             first: Latency::new(&counts.first_latency),
+            change: Latency::new(&counts.change_latency),
             later: Latency::new(&counts.later_latency),
             all: Latency::new(&all),
         }
@@ -205,6 +224,9 @@ impl fmt::Display for Event {
             Self::Connected { agents, seconds, per_second } => {
                 write!(f, "connected {agents} agents in {seconds} s, {per_second} per second")
             }
+            Self::Returned { agents, seconds, per_second } => {
+                write!(f, "all {agents} agents are back after {seconds} s, {per_second} per second")
+            }
             Self::Beaten { reports, missed, seconds } => {
                 write!(f, "{reports} heartbeats answered in {seconds} s, {missed} missed")
             }
@@ -238,7 +260,13 @@ impl fmt::Display for Outcome {
             self.errors.unknown, self.errors.bad_request, self.errors.unavailable, self.uids_reassigned
         )?;
         writeln!(f, "latency       first report: {}", self.latency_ms.first)?;
+        if self.latency_ms.change.count > 0 {
+            writeln!(f, "              changes:      {}", self.latency_ms.change)?;
+        }
         writeln!(f, "              later ones:   {}", self.latency_ms.later)?;
+        if self.restarts > 0 || self.silent > 0 {
+            writeln!(f, "manners       {} restarts, {} fell silent", self.restarts, self.silent)?;
+        }
         write!(f, "losses        {} reconnects", self.reconnects)?;
         for (cause, count) in &self.losses {
             write!(f, ", {count} × {cause}")?;
@@ -288,6 +316,7 @@ pub(crate) async fn progress(counts: &Counts) -> Infallible {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::counts::Series;
 
     #[test]
     fn events_are_tagged_objects() {
@@ -300,7 +329,7 @@ mod tests {
     #[test]
     fn the_result_carries_its_tag_beside_the_counts() {
         let counts = Counts::new(3);
-        counts.record(true, Duration::from_millis(2));
+        counts.record(Series::First, Duration::from_millis(2));
         let course = Course {
             transport: "http".to_owned(),
             connected: 3,

@@ -39,16 +39,27 @@ pub(crate) fn heartbeat(uid: Uuid, sequence_num: u64) -> AgentToServer {
     }
 }
 
+/// Says that the health of the agent has changed, and nothing else.
+pub(crate) fn changed(identity: &Identity, uid: Uuid, sequence_num: u64, healthy: bool) -> AgentToServer {
+    AgentToServer { health: Some(health(identity, healthy)), ..heartbeat(uid, sequence_num) }
+}
+
 /// The last report before the agent leaves.
 pub(crate) fn farewell(uid: Uuid, sequence_num: u64) -> AgentToServer {
     AgentToServer { agent_disconnect: Some(AgentDisconnect {}), ..heartbeat(uid, sequence_num) }
 }
 
 /// Everything the agent has to say about itself, in `bytes` of protobuf for the first number.
-pub(crate) fn full(identity: &Identity, uid: Uuid, sequence_num: u64, bytes: usize) -> AgentToServer {
+pub(crate) fn full(
+    identity: &Identity,
+    uid: Uuid,
+    sequence_num: u64,
+    healthy: bool,
+    bytes: usize,
+) -> AgentToServer {
     // The number's own size must not change what the agent says about itself.
     let mut report = heartbeat(uid, 0);
-    report.health = Some(health(identity));
+    report.health = Some(health(identity, healthy));
     report.effective_config = Some(effective_config());
     let bare = description(identity, Vec::new());
     let room = bytes.saturating_sub(with_description(&mut report, bare));
@@ -82,11 +93,11 @@ fn description(identity: &Identity, padding: Vec<KeyValue>) -> AgentDescription 
     }
 }
 
-fn health(identity: &Identity) -> ComponentHealth {
+fn health(identity: &Identity, healthy: bool) -> ComponentHealth {
     ComponentHealth {
-        healthy: true,
+        healthy,
         start_time_unix_nano: identity.born_ms * 1_000_000,
-        status: "StatusOK".to_owned(),
+        status: if healthy { "StatusOK" } else { "StatusRecoverableError" }.to_owned(),
         status_time_unix_nano: identity.born_ms * 1_000_000,
         ..ComponentHealth::default()
     }
@@ -153,7 +164,7 @@ mod tests {
     use super::*;
 
     fn first_of(identity: &Identity, bytes: usize) -> AgentToServer {
-        full(identity, identity.uid, 0, bytes)
+        full(identity, identity.uid, 0, true, bytes)
     }
 
     #[test]
@@ -176,9 +187,21 @@ mod tests {
     fn the_full_report_is_the_same_each_time() {
         let identity = Identity::new(3, 3);
         let first = first_of(&identity, 2048);
-        let mut later = full(&identity, identity.uid, 1_000_000, 2048);
+        let mut later = full(&identity, identity.uid, 1_000_000, true, 2048);
         later.sequence_num = 0;
         assert_eq!(first, later);
+    }
+
+    #[test]
+    fn a_change_of_health_is_what_the_full_report_says_then() {
+        let identity = Identity::new(3, 3);
+        for healthy in [true, false] {
+            let change = changed(&identity, identity.uid, 5, healthy);
+            let whole = full(&identity, identity.uid, 5, healthy, 2048);
+            assert_eq!(change.health, whole.health);
+            assert_eq!(change.health.map(|health| health.healthy), Some(healthy));
+            assert_eq!(change.agent_description, None);
+        }
     }
 
     #[test]

@@ -4,9 +4,12 @@
 //! to tell an unfinished response from a broken one. Pure: bytes in, bytes out; must not know
 //! sockets.
 
+use std::io::{Read, Write};
+
+use flate2::{Compression, read::GzDecoder, write::GzEncoder};
 use hyper::{
     HeaderMap, StatusCode,
-    header::{CONNECTION, CONTENT_LENGTH, HeaderName, HeaderValue, TRANSFER_ENCODING},
+    header::{CONNECTION, CONTENT_ENCODING, CONTENT_LENGTH, HeaderName, HeaderValue, TRANSFER_ENCODING},
 };
 use opamp_server::proto::AgentToServer;
 use prost::Message;
@@ -28,17 +31,39 @@ pub(super) struct Response {
     pub(super) reusable: bool,
 }
 
+impl Response {
+    /// The body, unpacked where it is packed; no more of it than `limit` bytes.
+    pub(super) fn unpacked(self, limit: usize) -> Result<Vec<u8>, Loss> {
+        let coding = self.headers.get(CONTENT_ENCODING).map_or(&b"identity"[..], HeaderValue::as_bytes);
+        if coding.eq_ignore_ascii_case(b"identity") {
+            return Ok(self.body);
+        }
+        if !coding.eq_ignore_ascii_case(b"gzip") {
+            return Err(BROKEN);
+        }
+        let mut body = Vec::new();
+        let bound = u64::try_from(limit).unwrap_or(u64::MAX);
+        GzDecoder::new(&self.body[..]).take(bound).read_to_end(&mut body).map_err(|_| BROKEN)?;
+        Ok(body)
+    }
+}
+
 /// The POST that carries a report.
 pub(super) fn request(endpoint: &Endpoint, report: &AgentToServer) -> Vec<u8> {
     let uri = &endpoint.uri;
     let path = uri.path_and_query().map_or("/", |path| path.as_str());
     let host = uri.authority().map_or("", |authority| authority.as_str());
     let uid = Uuid::from_slice(&report.instance_uid).unwrap_or_default();
-    let length = report.encoded_len();
+    let (body, coding) = if endpoint.gzip {
+        (packed(&report.encode_to_vec()), "Content-Encoding: gzip\r\nAccept-Encoding: gzip\r\n")
+    } else {
+        (report.encode_to_vec(), "")
+    };
+    let length = body.len();
     let mut head = format!(
         "POST {path} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: {AGENT}\r\n\
          Content-Type: application/x-protobuf\r\nOpAMP-Instance-UID: {uid}\r\n\
-         Content-Length: {length}\r\n"
+         {coding}Content-Length: {length}\r\n"
     );
     if let Some(value) = endpoint.authorization.as_ref().and_then(|v| v.to_str().ok()) {
         head.push_str("Authorization: ");
@@ -47,8 +72,15 @@ pub(super) fn request(endpoint: &Endpoint, report: &AgentToServer) -> Vec<u8> {
     }
     head.push_str("\r\n");
     let mut bytes = head.into_bytes();
-    report.encode_raw(&mut bytes);
+    bytes.extend_from_slice(&body);
     bytes
+}
+
+fn packed(body: &[u8]) -> Vec<u8> {
+    let mut encoder = GzEncoder::new(Vec::new(), Compression::default());
+    // Writing into a vector does not fail.
+    let _infallible = encoder.write_all(body);
+    encoder.finish().unwrap_or_default()
 }
 
 /// The response in `bytes`, unless more of it is to come; `ended` says that nothing will.
@@ -172,6 +204,41 @@ mod tests {
     fn a_body_of_known_length() {
         let found = whole("HTTP/1.1 200 OK\r\ncontent-length: 3\r\n\r\nabc");
         assert!(found.is_some_and(|r| r.status == 200 && r.body == b"abc" && r.reusable));
+    }
+
+    #[tokio::test]
+    async fn a_report_is_packed_where_that_is_wanted() {
+        let report = AgentToServer { instance_uid: vec![7; 16], sequence_num: 9, ..AgentToServer::default() };
+        for gzip in [false, true] {
+            let target = "http://127.0.0.1:1/v1/opamp".parse();
+            let endpoint = Endpoint::resolve(target.unwrap(), Vec::new(), None, gzip).await.unwrap();
+            let bytes = request(&endpoint, &report);
+            let end = find(&bytes, b"\r\n\r\n").unwrap();
+            let head = str::from_utf8(&bytes[..end]).unwrap();
+            let body = bytes[end + 4..].to_vec();
+            assert!(head.contains(&format!("Content-Length: {}", body.len())), "{head}");
+            assert_eq!(head.contains("Content-Encoding: gzip"), gzip, "{head}");
+            assert_eq!(head.contains("Accept-Encoding: gzip"), gzip, "{head}");
+            let mut headers = HeaderMap::new();
+            if gzip {
+                headers.insert(CONTENT_ENCODING, HeaderValue::from_static("gzip"));
+            }
+            let sent = Response { status: StatusCode::OK, headers, body, reusable: true };
+            assert_eq!(sent.unpacked(1000).unwrap(), report.encode_to_vec());
+        }
+    }
+
+    #[test]
+    fn a_packed_body_is_unpacked_up_to_the_limit() {
+        let body = packed(&[7; 1000]);
+        let head =
+            format!("HTTP/1.1 200 OK\r\ncontent-encoding: GZip\r\ncontent-length: {}\r\n\r\n", body.len());
+        let bytes = [head.as_bytes(), &body].concat();
+        let unpacked = |limit| response(&bytes, false).ok().flatten().map(|found| found.unpacked(limit));
+        assert!(unpacked(1000).is_some_and(|body| body.is_ok_and(|body| body == [7; 1000])));
+        assert!(unpacked(10).is_some_and(|body| body.is_ok_and(|body| body.len() == 10)));
+        let unknown = whole("HTTP/1.1 200 OK\r\ncontent-encoding: br\r\ncontent-length: 0\r\n\r\n");
+        assert!(unknown.is_some_and(|found| found.unpacked(10).is_err()));
     }
 
     #[test]

@@ -5,6 +5,7 @@
 
 mod http1;
 mod polling;
+mod shared;
 mod websocket;
 
 use std::{sync::Arc, time::Duration};
@@ -13,7 +14,8 @@ use bytes::Bytes;
 use opamp_server::proto::AgentToServer;
 use tokio::time::timeout;
 
-use self::{polling::Poller, websocket::Socket};
+pub(crate) use self::shared::Sockets;
+use self::{polling::Poller, shared::Seat, websocket::Socket};
 use crate::{
     endpoint::{CONNECT_LIMIT, Endpoint, Transport},
     loss::Loss,
@@ -27,15 +29,26 @@ const FAREWELL_LIMIT: Duration = Duration::from_secs(5);
 /// One agent's way to the server.
 pub(crate) enum Link {
     WebSocket(Box<Socket>),
+    Shared(Box<Seat>),
     Http(Box<Poller>),
 }
 
 impl Link {
-    pub(crate) async fn open(endpoint: Arc<Endpoint>, turn: usize) -> Result<Self, Loss> {
+    /// A link of the agent's own, or its seat on one of those `shared`.
+    pub(crate) async fn open(
+        endpoint: Arc<Endpoint>,
+        shared: Option<&Sockets>,
+        agent: usize,
+    ) -> Result<Self, Loss> {
         let opening = async {
-            Ok(match endpoint.transport {
-                Transport::WebSocket => Self::WebSocket(Box::new(Socket::open(&endpoint, turn).await?)),
-                Transport::Http => Self::Http(Box::new(Poller::open(endpoint, turn).await?)),
+            Ok(match (endpoint.transport, shared) {
+                (Transport::WebSocket, None) => {
+                    Self::WebSocket(Box::new(Socket::open(&endpoint, agent).await?))
+                }
+                (Transport::WebSocket, Some(shared)) => {
+                    Self::Shared(Box::new(shared.join(&endpoint, agent).await?))
+                }
+                (Transport::Http, _) => Self::Http(Box::new(Poller::open(endpoint, agent).await?)),
             })
         };
         let limited = timeout(CONNECT_LIMIT, Box::pin(opening)).await;
@@ -45,7 +58,7 @@ impl Link {
     /// Whether another report may be sent while `unanswered` ones are under way.
     pub(crate) fn has_room(&self, unanswered: usize) -> bool {
         match self {
-            Self::WebSocket(_) => unanswered < websocket::MAX_UNANSWERED,
+            Self::WebSocket(_) | Self::Shared(_) => unanswered < websocket::MAX_UNANSWERED,
             Self::Http(_) => unanswered == 0,
         }
     }
@@ -53,6 +66,7 @@ impl Link {
     pub(crate) async fn send(&mut self, report: &AgentToServer) -> Result<(), Loss> {
         match self {
             Self::WebSocket(socket) => socket.send(report).await,
+            Self::Shared(seat) => seat.send(report).await,
             Self::Http(poller) => poller.send(report).await,
         }
     }
@@ -61,6 +75,7 @@ impl Link {
     pub(crate) async fn next(&mut self) -> Result<Bytes, Loss> {
         match self {
             Self::WebSocket(socket) => socket.next().await,
+            Self::Shared(seat) => seat.next().await,
             Self::Http(poller) => poller.next().await,
         }
     }
@@ -70,6 +85,7 @@ impl Link {
         let leaving = async {
             match &mut self {
                 Self::WebSocket(socket) => socket.leave(farewell).await,
+                Self::Shared(seat) => seat.leave(farewell).await,
                 Self::Http(poller) => poller.leave(farewell).await,
             }
         };

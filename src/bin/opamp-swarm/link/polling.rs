@@ -119,7 +119,7 @@ fn offer(response: Response) -> Result<Bytes, Loss> {
     if response.status != StatusCode::OK {
         return Err(Loss::refused(response.status, &response.headers));
     }
-    Ok(response.body.into())
+    Ok(response.unpacked(MAX_OFFER)?.into())
 }
 
 /// `None` if the socket was not ready after all.

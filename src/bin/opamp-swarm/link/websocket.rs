@@ -28,6 +28,14 @@ const READ_BUFFER: usize = 1024;
 pub(super) const MAX_UNANSWERED: usize = 32;
 const HANG_UP_LIMIT: Duration = Duration::from_secs(1);
 
+/// A report as it goes over the socket.
+pub(super) fn frame(report: &AgentToServer) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(1 + report.encoded_len());
+    frame.push(HEADER);
+    report.encode_raw(&mut frame);
+    frame
+}
+
 pub(crate) struct Socket {
     stream: WebSocketStream<TcpStream>,
 }
@@ -45,10 +53,11 @@ impl Socket {
     }
 
     pub(super) async fn send(&mut self, report: &AgentToServer) -> Result<(), Loss> {
-        let mut frame = Vec::with_capacity(1 + report.encoded_len());
-        frame.push(HEADER);
-        report.encode_raw(&mut frame);
-        Ok(self.stream.send(Message::Binary(frame.into())).await?)
+        self.send_frame(frame(report).into()).await
+    }
+
+    pub(super) async fn send_frame(&mut self, frame: Bytes) -> Result<(), Loss> {
+        Ok(self.stream.send(Message::Binary(frame)).await?)
     }
 
     pub(super) async fn next(&mut self) -> Result<Bytes, Loss> {
@@ -71,6 +80,11 @@ impl Socket {
     /// Fails unless the server answers the Close frame.
     pub(super) async fn leave(&mut self, farewell: &AgentToServer) -> Result<(), Loss> {
         self.send(farewell).await?;
+        self.close_and_wait().await
+    }
+
+    /// Fails unless the server answers the Close frame.
+    pub(super) async fn close_and_wait(&mut self) -> Result<(), Loss> {
         self.close(CloseCode::Normal).await?;
         loop {
             match self.next().await {
