@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -41,6 +41,10 @@ use crate::transport::{Admission, Limits, Listener};
 
 /// How often a starting node tries to take the lock on its name.
 const LOCK_PAUSE: Duration = Duration::from_millis(250);
+
+/// How many connections wait to be accepted when a whole fleet comes at once; the system may allow fewer. Who finds no
+/// room is tried again by its TCP after 1, 3 and 7 s.
+const BACKLOG: u32 = 65_535;
 
 /// File handles kept free of links: database, listeners, operators.
 const SPARE_FILES: u64 = 128;
@@ -130,8 +134,8 @@ struct Stops {
 impl Server {
     /// Starts a server; it admits agents when this returns.
     pub async fn start(config: &Config, migrate: bool) -> Result<Self, ServerError> {
-        let (agents, agents_address) = bind("agents.listen", config.agents.listen).await?;
-        let (operators, operators_address) = bind("operators.listen", config.operators.listen).await?;
+        let (agents, agents_address) = bind("agents.listen", config.agents.listen)?;
+        let (operators, operators_address) = bind("operators.listen", config.operators.listen)?;
         let max_connections = raise_file_limit(config.agents.max_connections)?;
         let store = store::open(config.store.url.expose(), config.store.max_connections, migrate)
             .await
@@ -353,9 +357,13 @@ fn owner_name(owner: Option<Result<&'static str, tokio::task::JoinError>>) -> St
     }
 }
 
-async fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), ServerError> {
+fn bind(key: &'static str, address: SocketAddr) -> Result<(TcpListener, SocketAddr), ServerError> {
     let failed = |source| ServerError::Listen { key, address, source };
-    let listener = TcpListener::bind(address).await.map_err(failed)?;
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.map_err(failed)?;
+    // A restart does not wait for the links of the process before.
+    socket.set_reuseaddr(true).map_err(failed)?;
+    socket.bind(address).map_err(failed)?;
+    let listener = socket.listen(BACKLOG).map_err(failed)?;
     let bound = listener.local_addr().map_err(failed)?;
     Ok((listener, bound))
 }
