@@ -13,7 +13,7 @@ use crate::outage::Witness;
 use crate::store::{Ended, StoreError, Write, Written};
 
 /// The most writes that share one commit.
-const BATCH_LIMIT: usize = 1_000;
+const BATCH_LIMIT: usize = 2_000;
 
 /// How long the writer waits before it tries again what the store could not take.
 const RETRY_PAUSE: Duration = Duration::from_millis(250);

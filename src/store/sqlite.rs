@@ -16,6 +16,14 @@ use super::{CALL_DEADLINE, Store, StoreError};
 /// The cache of a connection that reads, 16 MiB: the indexes of a large fleet stay in it.
 const READER_CACHE: &str = "-16384";
 
+/// The cache of the connection that writes, 16 MiB: what a batch of a thousand reports touches is written once, at the
+/// end. It grows as it is needed.
+const WRITER_CACHE: &str = "-16384";
+
+/// After so many pages, 32 MiB, the log of what was written goes into the file: pages that many batches touch go there
+/// once.
+const CHECKPOINT_PAGES: &str = "8000";
+
 /// How long a look at a file that another process holds is put off.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
@@ -65,7 +73,13 @@ pub(super) async fn connect(
         | StoreError::Schema(_)) => error,
     };
     let writer = pool(1).idle_timeout(None).max_lifetime(None);
-    let writers = connect_writer(writer, &options).await.map_err(unusable)?;
+    let writing = options
+        .clone()
+        .pragma("cache_size", WRITER_CACHE)
+        .pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
+        // What one statement may have to take back is not worth a file.
+        .pragma("temp_store", "memory");
+    let writers = connect_writer(writer, &writing).await.map_err(unusable)?;
     let readers = if in_memory {
         // A database in memory is private to its one connection.
         writers.clone()

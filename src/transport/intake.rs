@@ -69,14 +69,19 @@ pub(super) async fn unfold(body: Bytes, share: Option<Share>, budget: &Budget) -
     Ok(Inbound::new(report, digest, share))
 }
 
-/// A report of few elements that is decoded already: it waits only for others like it.
-pub(super) async fn weighed(report: AgentToServer, body: &[u8], budget: &Budget) -> Result<Inbound, Unfit> {
+/// A light report that is decoded already, and how many elements it has: it waits only for others like it.
+pub(super) async fn weighed(
+    (report, elements): (AgentToServer, usize),
+    body: &[u8],
+    budget: &Budget,
+) -> Result<Inbound, Unfit> {
     let mut share = budget.small_share();
-    cover(share.cover_message(body.len(), FEW)).await?;
+    cover(share.cover_message(body.len(), elements)).await?;
     Ok(Inbound::new(report, digest_of_bytes(body), share))
 }
 
-/// True where a message may be decoded at once: whatever it says, it becomes little.
-pub(super) fn is_light(body: &[u8]) -> bool {
-    body.len() <= SMALL && wire::weigh(body).is_ok_and(|elements| elements <= FEW)
+/// How many elements a message has that may be decoded at once, as whatever it says becomes little; none for another.
+pub(super) fn light(body: &[u8]) -> Option<usize> {
+    let elements = (body.len() <= SMALL).then(|| wire::weigh(body))?.ok()?;
+    (elements <= FEW).then_some(elements)
 }

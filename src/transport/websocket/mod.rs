@@ -135,8 +135,8 @@ struct Agents {
 enum Take {
     /// Send this frame: it answers a mere sign of life, or what is no report.
     Answer(Vec<u8>),
-    /// The report wants more than a look at its session.
-    Process(Box<AgentToServer>),
+    /// The report, of so many elements, wants more than a look at its session.
+    Process(Box<(AgentToServer, usize)>),
     /// It is too heavy to be looked at here and now.
     Unfold,
 }
@@ -374,9 +374,7 @@ impl Agents {
 
     /// Looks at a message without waiting for anything.
     fn take(&mut self, body: &[u8]) -> Take {
-        if !intake::is_light(body) {
-            return Take::Unfold;
-        }
+        let Some(elements) = intake::light(body) else { return Take::Unfold };
         let report = match wire::decode_body(body) {
             Ok(report) => report,
             Err(error) => return Take::Answer(self.malformed(&error)),
@@ -390,13 +388,13 @@ impl Agents {
             self.speaker = Some(agent);
             return Take::Answer(wire::encode_frame(&offer));
         }
-        Take::Process(Box::new(report))
+        Take::Process(Box::new((report, elements)))
     }
 
     /// Takes a message in that asks for more than a look; answers the frame to send.
     async fn process(
         &mut self,
-        report: Option<Box<AgentToServer>>,
+        report: Option<Box<(AgentToServer, usize)>>,
         body: Bytes,
         share: Option<Box<Share>>,
     ) -> Result<Vec<u8>, End> {
@@ -422,7 +420,7 @@ impl Agents {
     /// Takes a message apart once there is memory for it; gives up when everybody on the link was ended.
     async fn unfold(
         &mut self,
-        report: Option<Box<AgentToServer>>,
+        report: Option<Box<(AgentToServer, usize)>>,
         body: Bytes,
         share: Option<Box<Share>>,
     ) -> Result<Result<Inbound, Unfit>, End> {
