@@ -8,6 +8,7 @@ mod weight;
 use std::io::{Cursor, Read, Write};
 
 use flate2::Compression;
+use flate2::Crc;
 use flate2::read::MultiGzDecoder;
 use flate2::write::GzEncoder;
 use prost::Message;
@@ -49,6 +50,9 @@ pub const MAX_ELEMENTS: usize = 250_000;
 
 /// Messages nested deeper than this are refused by the decoder.
 const MAX_DEPTH: usize = 100;
+
+/// A body up to this size, most answers among them, does not shrink, and to try costs more than the answer itself.
+const STORED: usize = 64;
 
 /// Messages up to this size are not counted: whatever they hold, it is little.
 const UNCOUNTED: usize = 64 << 10;
@@ -153,9 +157,29 @@ impl Unpacking {
 /// Packs a body with gzip; `None` where that fails, so that the plain body is sent instead.
 #[must_use]
 pub fn gzip(body: &[u8]) -> Option<Vec<u8>> {
+    if body.len() <= STORED {
+        return Some(gzip_stored(body));
+    }
     let mut encoder = GzEncoder::new(Vec::new(), Compression::fast());
     encoder.write_all(body).ok()?;
     encoder.finish().ok()
+}
+
+/// A body of at most [`STORED`] bytes as gzip (RFC 1952) whose one block is stored (RFC 1951, 3.2.4).
+fn gzip_stored(body: &[u8]) -> Vec<u8> {
+    // Magic, deflate, no flags, no time, nothing about the effort, system unknown; then the block, which is the last.
+    const HEAD: [u8; 11] = [0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 0xff, 1];
+    let mut sum = Crc::new();
+    sum.update(body);
+    let length = u16::try_from(body.len()).unwrap_or_default();
+    let mut packed = Vec::with_capacity(HEAD.len() + body.len() + 12);
+    packed.extend(HEAD);
+    packed.extend(length.to_le_bytes());
+    packed.extend((!length).to_le_bytes());
+    packed.extend(body);
+    packed.extend(sum.sum().to_le_bytes());
+    packed.extend(sum.amount().to_le_bytes());
+    packed
 }
 
 #[cfg(test)]
@@ -230,6 +254,16 @@ mod tests {
             assert_eq!(gunzip(&bomb[..bomb.len() - 4], 1 << 20, step), Err(WireError::Gzip));
             let members = [gzip(b"one").unwrap(), gzip(b"two").unwrap()].concat();
             assert_eq!(gunzip(&members, 6, step), Ok(b"onetwo".to_vec()));
+        }
+    }
+
+    #[test]
+    fn s_016_a_body_of_any_size_is_packed_and_a_small_one_at_little_cost() {
+        for size in [0, 1, 22, STORED - 1, STORED, STORED + 1, 10_000] {
+            let body: Vec<u8> = (0_u8..=255).cycle().take(size).collect();
+            let packed = gzip(&body).unwrap();
+            assert!(size > STORED || packed.len() == size + 23, "{size}: {}", packed.len());
+            assert_eq!(gunzip(&packed, size, 1 << 20).unwrap(), body);
         }
     }
 
