@@ -44,6 +44,8 @@ async fn flush(services: &Services) {
         services.outage.withdraw(Witness::Flush);
         return;
     }
+    // Neighbours lie on one page.
+    sightings.sort_unstable_by_key(|sighting| sighting.agent);
     match services.store.update_last_seen(&sightings).await {
         Ok(stored) => {
             services.outage.written(Witness::Flush);

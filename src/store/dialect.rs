@@ -36,8 +36,11 @@ pub(super) trait Dialect: Database {
     const BEGIN_READING: &'static str;
     /// Locks the selected rows of `agents a` until the transaction ends.
     const LOCK_AGENTS: &'static str;
-    /// Locks the selected rows and leaves out those that another transaction has locked.
-    const SKIP_LOCKED: &'static str;
+    /// Locks the selected rows and leaves out those that another transaction has locked; none where only one writes.
+    const SKIP_LOCKED: Option<&'static str>;
+    /// After `agents a` that are joined by `connection_id`: SQLite is told of the index that holds nobody else, and reads
+    /// no row.
+    const CONNECTED: &'static str;
     /// The query for the database's time; none where that is the host's.
     const NOW: Option<&'static str>;
     /// Before a column that must be in a set: look through the agents, do not look up each of the set. SQLite knows
@@ -106,7 +109,8 @@ impl Dialect for Postgres {
     const BEGIN: &'static str = "BEGIN";
     const BEGIN_READING: &'static str = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY";
     const LOCK_AGENTS: &'static str = "FOR UPDATE OF a";
-    const SKIP_LOCKED: &'static str = "FOR UPDATE SKIP LOCKED";
+    const SKIP_LOCKED: Option<&'static str> = Some("FOR UPDATE SKIP LOCKED");
+    const CONNECTED: &'static str = "";
     const NOW: Option<&'static str> = Some("SELECT clock_timestamp()");
     const LOOK_THROUGH: &'static str = "";
     const PAGE_FIRST: bool = false;
@@ -176,7 +180,8 @@ impl Dialect for Sqlite {
     const BEGIN: &'static str = "BEGIN IMMEDIATE";
     const BEGIN_READING: &'static str = "BEGIN";
     const LOCK_AGENTS: &'static str = "";
-    const SKIP_LOCKED: &'static str = "";
+    const SKIP_LOCKED: Option<&'static str> = None;
+    const CONNECTED: &'static str = "INDEXED BY agents_connected";
     const NOW: Option<&'static str> = None;
     const LOOK_THROUGH: &'static str = "+";
     const PAGE_FIRST: bool = true;
