@@ -149,14 +149,17 @@ pub(crate) async fn run(seed: u64, rules: Rules, recording: bool) -> Outcome {
     if world.truth.first().is_none() {
         world.settle(&mut rng).await;
     }
-    let lasted = world.truth.lasted();
-    Outcome {
+    let outcome = Outcome {
         contradiction: world.truth.first(),
         timeline: world.truth.timeline(),
         fingerprint: world.truth.fingerprint(),
-        lasted,
+        lasted: world.truth.lasted(),
         places,
+    };
+    for process in (0..places).filter_map(|place| world.process(place)) {
+        process.die(&mut rng);
     }
+    outcome
 }
 
 impl World {
