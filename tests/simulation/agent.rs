@@ -107,6 +107,8 @@ pub(crate) struct Agent {
     polled: Option<u64>,
     /// The link before the last, which it has not given up yet.
     older: Option<(Arc<Process>, Arc<Wire>)>,
+    /// Until then what it said on two links may show in the wrong order.
+    overtakes_until: Option<Instant>,
 }
 
 impl Agent {
@@ -128,6 +130,7 @@ impl Agent {
             home: rng.usize(0..world.places()),
             polled: None,
             older: None,
+            overtakes_until: None,
             rng,
         };
         world.truth.name(uid, agent.name.clone());
@@ -186,6 +189,12 @@ impl Agent {
             own.excuse = Some(why);
             own.excused_until = own.excused_until.max(Some(until));
         });
+    }
+
+    /// What is on its way on one link may arrive after what its next link brings, and continues nothing then.
+    fn excuse_overtaking(&mut self) {
+        self.excuse_longer("its next link may overtake this one", LATER);
+        self.overtakes_until = Some(Instant::now() + LATER);
     }
 
     /// The next report, as bytes.
@@ -396,6 +405,10 @@ impl Agent {
         if !unanswered.is_empty() {
             self.excuse_longer("a report was not answered", SOON);
         }
+        if self.overtakes_until.is_some_and(|until| Instant::now() < until) {
+            // Nobody told it on this link; the next one shows what came last.
+            self.excuse("its last links may have overtaken each other");
+        }
         pause
     }
 
@@ -408,6 +421,9 @@ impl Agent {
         unanswered: &mut VecDeque<Sent>,
     ) -> Option<Duration> {
         self.say(format_args!("link {}: {ending:?}", wire.number));
+        if ending != Ending::Freeze && !unanswered.is_empty() {
+            self.excuse_overtaking();
+        }
         match ending {
             Ending::Farewell => {
                 self.send(process, wire, Say::Farewell, unanswered);
@@ -418,13 +434,8 @@ impl Agent {
                 }
             }
             Ending::Close => drop(wire.send(process, Up::Close)),
-            Ending::Fin | Ending::Reset => {
-                let end = if ending == Ending::Fin { Up::Fin } else { Up::Reset };
-                wire.send(process, end);
-                if !unanswered.is_empty() {
-                    self.excuse_longer("its next link may overtake this one", LATER);
-                }
-            }
+            Ending::Fin => drop(wire.send(process, Up::Fin)),
+            Ending::Reset => drop(wire.send(process, Up::Reset)),
             Ending::Vanish => self.excuse_longer("its network was gone", SOON),
             Ending::Restart => {
                 wire.send(process, Up::Fin);
@@ -435,7 +446,7 @@ impl Agent {
                 self.give_up_older();
                 self.older = Some((Arc::clone(process), Arc::clone(wire)));
                 self.home = self.rng.usize(0..self.world.places());
-                self.excuse_longer("it hopped", LATER);
+                self.excuse_overtaking();
                 return Some(Duration::ZERO);
             }
             Ending::Freeze => {

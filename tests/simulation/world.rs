@@ -280,6 +280,10 @@ impl World {
         if unrecorded > 0 {
             self.excuse_all("a node stopped without the store");
         }
+        if self.database.records().was_taken_for_lost(process.node_id) {
+            // It answered until its stop and never learnt of its mark; what it heard is unknown elsewhere.
+            self.excuse_all("a node was taken for lost");
+        }
         self.truth
             .say(format_args!("node-{place}.{} has stopped, {unrecorded} not on record", process.number));
         // Its owners see that everything is over.

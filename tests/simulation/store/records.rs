@@ -213,6 +213,11 @@ impl Records {
             .any(|row| row.id == node && (row.ended_at.is_some() || now.since(row.renewed_at) > row.lease))
     }
 
+    /// True where another node ended this one.
+    pub(crate) fn was_taken_for_lost(&self, node: Uuid) -> bool {
+        self.nodes.iter().any(|row| row.id == node && row.ended_by.is_some())
+    }
+
     fn is_gone(&self, node: Option<Uuid>) -> bool {
         self.nodes.iter().any(|row| Some(row.id) == node && row.ended_at.is_some())
     }
