@@ -135,7 +135,7 @@ struct Watching {
     renewed: Option<Tick>,
     /// What was seen of each peer while this node renews without failure.
     peers: BTreeMap<Uuid, Seen>,
-    /// Who was there when this node last looked, however long ago.
+    /// Who was there when this node last looked, however long ago, and was not lost.
     there: BTreeSet<Uuid>,
 }
 
@@ -188,6 +188,7 @@ impl Watching {
         let lost: Vec<Peer> = peers.into_iter().filter(lost).collect();
         // Whoever is still there after another whole lease is reported once more.
         self.peers.retain(|id, _| lost.iter().all(|peer| peer.id != *id));
+        self.there.retain(|id| lost.iter().all(|peer| peer.id != *id));
         lost
     }
 }
@@ -225,6 +226,7 @@ mod tests {
             assert!(watching.renewed(at(second), vec![peer(renewal)]).is_empty(), "it moved at 6 s");
         }
         assert_eq!(watching.renewed(at(15), vec![peer(2)]), [peer(2)]);
+        assert!(!watching.misses_any(&[]), "its loss was told");
         assert!(watching.renewed(at(18), Vec::new()).is_empty(), "it was ended");
     }
 
