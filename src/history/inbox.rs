@@ -128,6 +128,11 @@ impl Job {
         self
     }
 
+    /// True for an opening that may have been done already, so that the store refuses the same row once more.
+    pub(super) fn is_opened_again(&self) -> bool {
+        matches!(self.write, Write::CreateConnection(_)) && self.waiting.postponed
+    }
+
     /// True for a change, which may wait in memory for the store while its agent goes on.
     pub(super) fn can_be_kept(&self) -> bool {
         matches!(self.write, Write::UpdateAgent(_))

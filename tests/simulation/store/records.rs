@@ -636,6 +636,16 @@ impl Records {
         node.is_none_or(|node| self.nodes.iter().any(|row| row.id == node && row.ended_at.is_none()))
     }
 
+    /// True where an opening on a node is done again whose row was made and has ended: the row's key is unique.
+    pub(crate) fn has_opened_before(&self, batch: &[Write]) -> bool {
+        batch.iter().any(|write| {
+            let Write::CreateConnection(new) = write else { return false };
+            let made = |row: &Row| row.node == Some(new.node_id) && row.seq == new.node_seq;
+            new.transport == Transport::Websocket
+                && self.rows.iter().any(|row| made(row) && row.end.is_some())
+        })
+    }
+
     fn is_silent(&self, row: &Row, heir: &Heir) -> bool {
         let seen = self.agents.get(&row.agent).and_then(|agent| agent.seen);
         seen.is_some_and(|seen| seen.at.after(seen.silence.unwrap_or(heir.first_poll)) < heir.at)
