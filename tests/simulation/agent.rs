@@ -197,6 +197,13 @@ impl Agent {
         self.overtakes_until = Some(Instant::now() + LATER);
     }
 
+    /// Nobody may have told it until its stay ends: the next one shows what came last.
+    fn excuse_overtaken(&self) {
+        if self.overtakes_until.is_some_and(|until| Instant::now() < until) {
+            self.excuse("its last links may have overtaken each other");
+        }
+    }
+
     /// The next report, as bytes.
     fn report(&mut self, say: Say) -> (Vec<u8>, Sent) {
         if let Say::Part(part) = say {
@@ -337,18 +344,18 @@ impl Agent {
             let pace = self.pace;
             tokio::select! {
                 biased;
-                (_, down) = wire.down.next() => match down {
+                (came, down) = wire.down.next() => match down {
                     Down::Ping => drop(wire.send(process, Up::Pong)),
                     Down::Offer(offer) => {
                         answered_at = Instant::now();
                         let Some(sent) = unanswered.pop_front() else { continue };
-                        if self.on_offer(&offer, sent) {
+                        if self.on_offer(&offer, sent, came) {
                             self.send(process, wire, Say::Full, &mut unanswered);
                         }
                     }
                     Down::Question(offer) => {
                         let sent = Sent { marks: self.marks, full: false };
-                        if self.on_offer(&offer, sent) {
+                        if self.on_offer(&offer, sent, came) {
                             self.send(process, wire, Say::Full, &mut unanswered);
                         }
                     }
@@ -405,10 +412,7 @@ impl Agent {
         if !unanswered.is_empty() {
             self.excuse_longer("a report was not answered", SOON);
         }
-        if self.overtakes_until.is_some_and(|until| Instant::now() < until) {
-            // Nobody told it on this link; the next one shows what came last.
-            self.excuse("its last links may have overtaken each other");
-        }
+        self.excuse_overtaken();
         pause
     }
 
@@ -470,8 +474,8 @@ impl Agent {
         unanswered.push_back(sent);
     }
 
-    /// Takes an answer; true where it asks for full state.
-    fn on_offer(&mut self, offer: &ServerToAgent, sent: Sent) -> bool {
+    /// Takes an answer that came then, and lay unread while the agent was stopped; true where it asks for full state.
+    fn on_offer(&mut self, offer: &ServerToAgent, sent: Sent, came: Instant) -> bool {
         if let Some(error) = &offer.error_response {
             self.say(format_args!("is answered: {}", error.error_message));
             self.excuse("a report was refused");
@@ -490,11 +494,11 @@ impl Agent {
             self.rename(InstanceUid::from_bytes(bytes));
         }
         let asks = offer.flags & ServerToAgentFlags::ReportFullState as u64 != 0;
-        let now = self.world.truth.now();
+        let (now, came) = (self.world.truth.now(), self.world.truth.moment(came));
         if asks {
             let (excuse, cloned) = self.world.truth.own(self.uid, |own| {
                 let late =
-                    own.excused_until.filter(|until| now <= *until).map(|_| "something was on its way");
+                    own.excused_until.filter(|until| came <= *until).map(|_| "something was on its way");
                 let asked = std::mem::replace(&mut own.asked, true).then_some("it was asked before");
                 (own.excuse.or(late).or(asked), own.cloned)
             });
@@ -568,7 +572,7 @@ impl Agent {
             let mut pause = self.pace;
             match self.post(bytes.clone(), say).await {
                 Some(Polled::Offer(offer)) => {
-                    let asked = self.on_offer(&offer, sent);
+                    let asked = self.on_offer(&offer, sent, Instant::now());
                     answered_at = Some(Instant::now());
                     if leaves {
                         break;
@@ -612,6 +616,7 @@ impl Agent {
                 () = world.calmed(), if !calm => {}
             }
         }
+        self.excuse_overtaken();
         if self.rng.u8(0..6) == 0 && !self.world.is_calm() {
             self.restart();
         }
