@@ -5,7 +5,7 @@
 //! finds a mark on its own row stops the server; errors never do. It must not know what connections
 //! or agents are: the store ends what a lost node left.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -135,6 +135,8 @@ struct Watching {
     renewed: Option<Tick>,
     /// What was seen of each peer while this node renews without failure.
     peers: BTreeMap<Uuid, Seen>,
+    /// Who was there when this node last looked, however long ago, and was not lost.
+    there: BTreeSet<Uuid>,
 }
 
 /// The last renewal of a peer, and since when it stands.
@@ -147,7 +149,7 @@ struct Seen {
 
 impl Watching {
     fn new(length: Duration) -> Self {
-        Self { length, renewed: None, peers: BTreeMap::new() }
+        Self { length, renewed: None, peers: BTreeMap::new(), there: BTreeSet::new() }
     }
 
     /// This node's own renewal failed: nothing seen so far counts against anybody.
@@ -161,9 +163,9 @@ impl Watching {
         self.peers.values().any(|seen| now.since(seen.since) >= seen.lease * 2 / 3)
     }
 
-    /// True where somebody is gone who was seen before.
+    /// True where somebody is gone who was seen before: also while this node could not look.
     fn misses_any(&self, peers: &[Peer]) -> bool {
-        self.peers.keys().any(|id| peers.iter().all(|peer| peer.id != *id))
+        self.there.iter().any(|id| peers.iter().all(|peer| peer.id != *id))
     }
 
     /// This node renewed at `now` and then saw `peers`; answers which of them are lost.
@@ -173,6 +175,7 @@ impl Watching {
             self.failed();
         }
         self.renewed = Some(now);
+        self.there = peers.iter().map(|peer| peer.id).collect();
         self.peers.retain(|id, _| peers.iter().any(|peer| peer.id == *id));
         let lost = |peer: &Peer| {
             let seen = || Seen { renewal: peer.renewed_at, since: now, lease: peer.lease };
@@ -185,6 +188,7 @@ impl Watching {
         let lost: Vec<Peer> = peers.into_iter().filter(lost).collect();
         // Whoever is still there after another whole lease is reported once more.
         self.peers.retain(|id, _| lost.iter().all(|peer| peer.id != *id));
+        self.there.retain(|id| lost.iter().all(|peer| peer.id != *id));
         lost
     }
 }
@@ -222,6 +226,7 @@ mod tests {
             assert!(watching.renewed(at(second), vec![peer(renewal)]).is_empty(), "it moved at 6 s");
         }
         assert_eq!(watching.renewed(at(15), vec![peer(2)]), [peer(2)]);
+        assert!(!watching.misses_any(&[]), "its loss was told");
         assert!(watching.renewed(at(18), Vec::new()).is_empty(), "it was ended");
     }
 
@@ -244,5 +249,17 @@ mod tests {
         }
         watching.failed();
         assert!(watching.renewed(at(9), vec![peer(1)]).is_empty(), "the store may have failed them both");
+    }
+
+    #[test]
+    fn who_went_while_this_node_could_not_look_is_missed() {
+        let mut watching = Watching::new(LENGTH);
+        assert!(!watching.misses_any(&[peer(1)]), "nobody was there");
+        assert!(watching.renewed(at(0), vec![peer(1)]).is_empty());
+        watching.failed();
+        assert!(!watching.misses_any(&[peer(2)]));
+        assert!(watching.misses_any(&[]));
+        assert!(watching.renewed(at(60), Vec::new()).is_empty());
+        assert!(!watching.misses_any(&[]), "once");
     }
 }

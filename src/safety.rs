@@ -72,10 +72,10 @@ impl Safety {
     async fn look(&self, suspects: &mut Suspects) -> Result<(), StoreError> {
         let services = &self.services;
         // Those that were here before the record is read, and are still here after it, must be in it.
-        let before = services.hub.connections();
+        let before = self.holding();
         let held = services.store.list_held_connections(self.node_id).await?;
         let polled = services.store.list_polled_connections().await?;
-        let after: HashSet<i64> = services.hub.connections().iter().map(|connection| connection.id).collect();
+        let after: HashSet<i64> = self.holding().iter().map(|connection| connection.id).collect();
         let here: HashSet<i64> =
             before.iter().map(|connection| connection.id).chain(after.iter().copied()).collect();
 
@@ -121,6 +121,14 @@ impl Safety {
             services.history.expect_verdicts();
         }
         Ok(())
+    }
+
+    /// The connections that hold their rows. Whose end is taken for recorded does not: should its row be open all the
+    /// same, nobody else would end it.
+    fn holding(&self) -> Vec<Arc<OpenConnection>> {
+        let mut connections = self.services.hub.connections();
+        connections.retain(|connection| !connection.is_recorded());
+        connections
     }
 
     /// A connection lives here whose row is not open: it gets a new one, unless a newer connection has taken over.

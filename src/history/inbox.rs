@@ -9,7 +9,6 @@ use tokio::sync::oneshot;
 use super::OpenConnection;
 use crate::agent::InstanceUid;
 use crate::burden::Share;
-use crate::close::CloseReason;
 use crate::store::{AgentUpdate, StoreError, Write, Written};
 
 /// What the messages behind the writes of one commit may hold together: larger ones stand alone.
@@ -118,6 +117,22 @@ impl Job {
         Self { write, waiting }
     }
 
+    /// An end that waited for changes of its connection: once they are stored, its number stands for them.
+    fn caught_up(mut self) -> Self {
+        if let (Write::UpdateConnection(end), Concern::Ends(connection)) =
+            (&mut self.write, &self.waiting.concern)
+            && end.unsaved
+        {
+            (end.sequence_num, end.unsaved) = connection.pulse.stands();
+        }
+        self
+    }
+
+    /// True for an opening that may have been done already, so that the store refuses the same row once more.
+    pub(super) fn is_opened_again(&self) -> bool {
+        matches!(self.write, Write::CreateConnection(_)) && self.waiting.postponed
+    }
+
     /// True for a change, which may wait in memory for the store while its agent goes on.
     pub(super) fn can_be_kept(&self) -> bool {
         matches!(self.write, Write::UpdateAgent(_))
@@ -129,11 +144,10 @@ impl Waiting {
     pub(super) fn answer(self, reply: Reply) {
         match (&self.concern, &reply) {
             (Concern::Ends(connection), _) => connection.settle(),
+            (Concern::Kept(connection), Reply::Written(Written::Agent(false))) => connection.overtaken(),
             (Concern::Kept(connection), _) => {
-                match reply {
-                    Reply::Written(Written::Agent(false)) => connection.abandon(CloseReason::Superseded),
-                    Reply::Failed(_) => connection.forget(),
-                    Reply::Written(_) | Reply::Kept => {}
+                if matches!(reply, Reply::Failed(_)) {
+                    connection.forget();
                 }
                 connection.pulse.release();
             }
@@ -304,7 +318,7 @@ impl Inbox {
                     passed_over.insert(job.write.agent());
                     rest.push_back(job);
                 } else {
-                    batch.jobs.push(job);
+                    batch.jobs.push(job.caught_up());
                 }
             }
             while let Some(job) = rest.pop_back() {
@@ -360,6 +374,7 @@ mod tests {
     use crate::agent::Capabilities;
     use crate::agent::document::Documents;
     use crate::clock::{Moment, Tick};
+    use crate::close::CloseReason;
     use crate::pulse::{Link, Pulse};
     use crate::store::{ConnectionEnd, NewConnection, Transport};
 
@@ -473,6 +488,49 @@ mod tests {
         }
         assert_eq!(one.pulse.number(), Some(1), "what is stored stands for its number again");
         assert_eq!(agents(&inbox.take_batch(10)), [(uid(1), 1), (uid(2), 1)]);
+    }
+
+    /// What is written as the number of a connection that ends while a change of it is kept, and whether it is unsaved.
+    fn number_after(kept_became: impl Fn() -> Reply) -> (Option<u64>, bool) {
+        let (mut inbox, one) = (Inbox::default(), connection(1));
+        inbox.keep(change(&one, true, None).0);
+        one.pulse.settled(Some(2), Some(2), false, false);
+        let (mut ending, _ticket) = end(&one);
+        let Write::UpdateConnection(end) = &mut ending.write else { panic!("{ending:?}") };
+        (end.sequence_num, end.unsaved) = one.pulse.stands();
+        assert_eq!((end.sequence_num, end.unsaved), (Some(2), true));
+        inbox.push(ending);
+        for job in inbox.take_batch(10) {
+            job.waiting.answer(kept_became());
+        }
+        let batch = inbox.take_batch(10);
+        let [Job { write: Write::UpdateConnection(end), .. }] = batch.as_slice() else { panic!("{batch:?}") };
+        (end.sequence_num, end.unsaved)
+    }
+
+    #[test]
+    fn an_end_that_waited_for_a_kept_change_tells_the_number_of_what_is_stored() {
+        assert_eq!(number_after(|| Reply::Written(Written::Agent(true))), (Some(2), false));
+        let (_, unsaved) = number_after(|| Reply::Written(Written::Agent(false)));
+        assert!(unsaved, "the store knows what is newer, and its number stands");
+        assert_eq!(number_after(|| Reply::Failed(away())), (None, false), "nothing stands for any number");
+    }
+
+    #[test]
+    fn polls_go_on_after_a_kept_change_came_too_late_and_a_link_does_not() {
+        for (transport, ended) in
+            [(Transport::Http, None), (Transport::Websocket, Some(CloseReason::Superseded))]
+        {
+            let link = Arc::new(Link::default());
+            let pulse = Pulse::starting(Tick::default(), Some(1));
+            let (mut inbox, one) =
+                (Inbox::default(), Arc::new(OpenConnection::new(uid(1), 1, transport, link, pulse)));
+            inbox.keep(change(&one, true, None).0);
+            for job in inbox.take_batch(10) {
+                job.waiting.answer(Reply::Written(Written::Agent(false)));
+            }
+            assert_eq!((one.ended(), one.forgot()), (ended, ended.is_none()), "{transport:?}");
+        }
     }
 
     #[test]

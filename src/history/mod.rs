@@ -112,6 +112,21 @@ impl OpenConnection {
         self.link.wake();
     }
 
+    /// Notes that a kept change was not stored because the store knows what is newer.
+    ///
+    /// Of a link, a newer connection told it: this one is over. Of polls, another node may have told it for this very
+    /// connection, which goes on. Where it has ended, its change stays unsaved, and the number on record stands.
+    fn overtaken(&self) {
+        match self.transport {
+            Transport::Websocket => self.abandon(CloseReason::Superseded),
+            Transport::Http if self.ended().is_none() => {
+                self.forget();
+                self.pulse.release();
+            }
+            Transport::Http => {}
+        }
+    }
+
     /// Notes why it ended; false where it had ended before.
     fn claim_end(&self, reason: CloseReason) -> bool {
         let first = self.end.set(reason).is_ok();

@@ -47,6 +47,8 @@ pub struct Session {
     /// True where its full state is needed and it was not asked yet: others were before it.
     owes_state: bool,
     standing: Standing,
+    /// Of a poller: when its last poll came of which the store said that its row is open.
+    sure_at: Tick,
 }
 
 /// Whether a poller is still this node's: between its polls, another node may have taken over.
@@ -124,6 +126,7 @@ impl Session {
             rival: None,
             owes_state: false,
             standing: Standing::Sure,
+            sure_at: heard,
         };
         session.services.hub.enter(&session.connection);
         session.services.watch.over(Arc::clone(&session.connection), Tick::default()).await;
@@ -138,7 +141,7 @@ impl Session {
         let missed = self.connection.transport == Transport::Http
             && (self.connection.pulse.missed_polls(heard) || !self.connection.pulse.is_followed_by(number))
             && self.peers_may_be_there();
-        if self.standing == Standing::Sure && !missed {
+        if self.standing == Standing::Sure && !missed && !self.may_be_given_up() {
             return Ok(true);
         }
         // What lay on a socket while this process was stopped came in time, if it came before that.
@@ -157,6 +160,9 @@ impl Session {
         }
         let on_record = self.is_on_record().await;
         self.standing = if on_record.is_ok() { Standing::Sure } else { Standing::Unsure };
+        if on_record.is_ok() {
+            self.sure_at = heard;
+        }
         if on_record == Ok(false) {
             self.connection.abandon(CloseReason::Superseded);
         }
@@ -167,6 +173,15 @@ impl Session {
     fn peers_may_be_there(&self) -> bool {
         let Services { peers, sight, clock, .. } = &*self.services;
         peers.may_be_there(sight.resumed(clock.tick()))
+    }
+
+    /// True where another node may have ended a poller's row although all its polls came here: while this node did not
+    /// reach the store, nobody else heard of them.
+    fn may_be_given_up(&self) -> bool {
+        let Services { peers, sight, clock, .. } = &*self.services;
+        self.connection.transport == Transport::Http
+            && sight.resumed(clock.tick()) > self.sure_at
+            && (self.peers_may_be_there() || peers.lost_at().is_some_and(|lost| lost > self.sure_at))
     }
 
     /// For a poll that was read after this process was stopped: whoever heard its agent later than this may have been

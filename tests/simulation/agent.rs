@@ -107,6 +107,8 @@ pub(crate) struct Agent {
     polled: Option<u64>,
     /// The link before the last, which it has not given up yet.
     older: Option<(Arc<Process>, Arc<Wire>)>,
+    /// Until then what it said on two links may show in the wrong order.
+    overtakes_until: Option<Instant>,
 }
 
 impl Agent {
@@ -128,6 +130,7 @@ impl Agent {
             home: rng.usize(0..world.places()),
             polled: None,
             older: None,
+            overtakes_until: None,
             rng,
         };
         world.truth.name(uid, agent.name.clone());
@@ -186,6 +189,19 @@ impl Agent {
             own.excuse = Some(why);
             own.excused_until = own.excused_until.max(Some(until));
         });
+    }
+
+    /// What is on its way on one link may arrive after what its next link brings, and continues nothing then.
+    fn excuse_overtaking(&mut self) {
+        self.excuse_longer("its next link may overtake this one", LATER);
+        self.overtakes_until = Some(Instant::now() + LATER);
+    }
+
+    /// Nobody may have told it until its stay ends: the next one shows what came last.
+    fn excuse_overtaken(&self) {
+        if self.overtakes_until.is_some_and(|until| Instant::now() < until) {
+            self.excuse("its last links may have overtaken each other");
+        }
     }
 
     /// The next report, as bytes.
@@ -328,18 +344,18 @@ impl Agent {
             let pace = self.pace;
             tokio::select! {
                 biased;
-                (_, down) = wire.down.next() => match down {
+                (came, down) = wire.down.next() => match down {
                     Down::Ping => drop(wire.send(process, Up::Pong)),
                     Down::Offer(offer) => {
                         answered_at = Instant::now();
                         let Some(sent) = unanswered.pop_front() else { continue };
-                        if self.on_offer(&offer, sent) {
+                        if self.on_offer(&offer, sent, came) {
                             self.send(process, wire, Say::Full, &mut unanswered);
                         }
                     }
                     Down::Question(offer) => {
                         let sent = Sent { marks: self.marks, full: false };
-                        if self.on_offer(&offer, sent) {
+                        if self.on_offer(&offer, sent, came) {
                             self.send(process, wire, Say::Full, &mut unanswered);
                         }
                     }
@@ -396,6 +412,7 @@ impl Agent {
         if !unanswered.is_empty() {
             self.excuse_longer("a report was not answered", SOON);
         }
+        self.excuse_overtaken();
         pause
     }
 
@@ -408,6 +425,9 @@ impl Agent {
         unanswered: &mut VecDeque<Sent>,
     ) -> Option<Duration> {
         self.say(format_args!("link {}: {ending:?}", wire.number));
+        if ending != Ending::Freeze && !unanswered.is_empty() {
+            self.excuse_overtaking();
+        }
         match ending {
             Ending::Farewell => {
                 self.send(process, wire, Say::Farewell, unanswered);
@@ -418,13 +438,8 @@ impl Agent {
                 }
             }
             Ending::Close => drop(wire.send(process, Up::Close)),
-            Ending::Fin | Ending::Reset => {
-                let end = if ending == Ending::Fin { Up::Fin } else { Up::Reset };
-                wire.send(process, end);
-                if !unanswered.is_empty() {
-                    self.excuse_longer("its next link may overtake this one", LATER);
-                }
-            }
+            Ending::Fin => drop(wire.send(process, Up::Fin)),
+            Ending::Reset => drop(wire.send(process, Up::Reset)),
             Ending::Vanish => self.excuse_longer("its network was gone", SOON),
             Ending::Restart => {
                 wire.send(process, Up::Fin);
@@ -435,7 +450,7 @@ impl Agent {
                 self.give_up_older();
                 self.older = Some((Arc::clone(process), Arc::clone(wire)));
                 self.home = self.rng.usize(0..self.world.places());
-                self.excuse_longer("it hopped", LATER);
+                self.excuse_overtaking();
                 return Some(Duration::ZERO);
             }
             Ending::Freeze => {
@@ -459,8 +474,8 @@ impl Agent {
         unanswered.push_back(sent);
     }
 
-    /// Takes an answer; true where it asks for full state.
-    fn on_offer(&mut self, offer: &ServerToAgent, sent: Sent) -> bool {
+    /// Takes an answer that came then, and lay unread while the agent was stopped; true where it asks for full state.
+    fn on_offer(&mut self, offer: &ServerToAgent, sent: Sent, came: Instant) -> bool {
         if let Some(error) = &offer.error_response {
             self.say(format_args!("is answered: {}", error.error_message));
             self.excuse("a report was refused");
@@ -479,11 +494,11 @@ impl Agent {
             self.rename(InstanceUid::from_bytes(bytes));
         }
         let asks = offer.flags & ServerToAgentFlags::ReportFullState as u64 != 0;
-        let now = self.world.truth.now();
+        let (now, came) = (self.world.truth.now(), self.world.truth.moment(came));
         if asks {
             let (excuse, cloned) = self.world.truth.own(self.uid, |own| {
                 let late =
-                    own.excused_until.filter(|until| now <= *until).map(|_| "something was on its way");
+                    own.excused_until.filter(|until| came <= *until).map(|_| "something was on its way");
                 let asked = std::mem::replace(&mut own.asked, true).then_some("it was asked before");
                 (own.excuse.or(late).or(asked), own.cloned)
             });
@@ -557,7 +572,7 @@ impl Agent {
             let mut pause = self.pace;
             match self.post(bytes.clone(), say).await {
                 Some(Polled::Offer(offer)) => {
-                    let asked = self.on_offer(&offer, sent);
+                    let asked = self.on_offer(&offer, sent, Instant::now());
                     answered_at = Some(Instant::now());
                     if leaves {
                         break;
@@ -601,6 +616,7 @@ impl Agent {
                 () = world.calmed(), if !calm => {}
             }
         }
+        self.excuse_overtaken();
         if self.rng.u8(0..6) == 0 && !self.world.is_calm() {
             self.restart();
         }

@@ -169,14 +169,15 @@ fn ended(truth: &Inner, own: &Own, row: &Row, end: &RowEnd, expected: Expected, 
             };
             // What was not told yet is lost with its process, and unknown elsewhere.
             let lag = expected.flush + Duration::from_millis(1_500);
-            let died = truth.deaths.get(&contact.process).copied().unwrap_or(by).min(by);
-            let until = if prompt { by.before(NEAR) } else { died.before(lag) };
-            let excused = !prompt
-                && (truth.troubled(until.before(lag), by)
-                    || truth.froze(contact.process, until.before(lag), by));
+            let told = |process| {
+                let died = truth.deaths.get(&process).copied().unwrap_or(by).min(by);
+                if prompt { by.before(NEAR) } else { died.before(lag) }
+            };
+            let since = told(contact.process).before(lag);
+            let excused = !prompt && (truth.troubled(since, by) || truth.froze(contact.process, since, by));
             // A stop is noticed by the look that comes late: it may have begun at any moment since the one before.
             let slack = if truth.froze(contact.process, end.at, by) { LOOK } else { NEAR };
-            if !excused && end.at.after(slack) < truth.proof(contact, until) {
+            if !excused && end.at.after(slack) < truth.proof(contact, told) {
                 found.push((Rule::Proof, format!("ended before the last proof: {}", what())));
             }
         }
@@ -263,7 +264,8 @@ fn silence(
             }
             let known = |&(at, process): &(Moment, _)| at.after(NEAR) < end.known() && !cut_off(process);
             // The poll that came too late is the one that ended it.
-            let before = contact.proofs.iter().rev().copied().find(|at| at.after(NEAR) < end.known());
+            let before =
+                contact.proofs.iter().rev().map(|(at, _)| *at).find(|at| at.after(NEAR) < end.known());
             let heard = before.unwrap_or(contact.opened);
             heard.max(own.polled.filter(known).map(|(at, _)| at).unwrap_or_default())
         }
@@ -314,14 +316,23 @@ pub(crate) fn answered(process: &Process, uid: InstanceUid, id: i64, heard: Mome
     if records.is_lost(process.node_id, process.truth.now()) {
         return;
     }
+    let opened = process.truth.lock().contacts.get(&id).map(|contact| contact.opened);
     let covers = |row: &&Row| {
+        // An opening that waited for the store goes on with the row that a later poll has opened elsewhere
+        // meanwhile: for one agent moments never go back (contract, section 2).
+        let polls = row.id == id && row.transport == Transport::Http;
+        let overtaken = polls && row.end.is_none() && opened.is_some_and(|opened| opened > heard);
         let lost = row.end.is_some_and(|end| end.reason == CloseReason::ServerLost && row.id == id);
-        row.created_at <= heard.after(NEAR)
+        (overtaken || row.created_at <= heard.after(NEAR))
             && (lost || row.end.is_none_or(|end| end.known().after(NEAR) >= heard))
     };
     if !agent.rows.iter().rev().filter_map(|id| records.row(*id)).any(|row| covers(&row)) {
         let ended_elsewhere =
             records.row(id).is_some_and(|row| row.transport == Transport::Http && row.end.is_some());
+        // While the store is away from a node, agents are answered normally (contract, section 5): it cannot know.
+        if ended_elsewhere && process.services.outage.is_away() {
+            return;
+        }
         let rule = if ended_elsewhere { Rule::Stale } else { Rule::Covered };
         process.truth.contradict(rule, || {
             format!(

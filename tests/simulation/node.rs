@@ -255,6 +255,10 @@ impl Process {
         self.alive.store(false, Ordering::Relaxed);
         self.gate.kill(rng);
         self.store.release();
+        // Sessions of pollers wait in the hub, which they hold themselves: a process takes both along when it ends.
+        for connection in self.services.hub.connections() {
+            self.services.hub.leave(&connection);
+        }
     }
 
     /// Another node has ended all connections of this one: what is still here is closed, and writes nothing more.

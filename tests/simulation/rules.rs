@@ -21,7 +21,8 @@ pub(crate) enum Rule {
     Late,
     /// The agent was heard, and no row covers that.
     Covered,
-    /// As `Covered`, for a poll that was answered by a node which does not know yet that another ended the row.
+    /// As `Covered`, for a poll that was answered by a node which reaches the store and does not know yet that another
+    /// ended the row.
     Stale,
     /// An end that names a cause that was not.
     Cause,

@@ -53,8 +53,8 @@ pub(crate) struct Contact {
     pub(crate) arrived: Moment,
     /// How the peer showed its end: when that arrived.
     pub(crate) shown: Option<(Shown, Moment)>,
-    /// When it was heard lately, the newest last.
-    pub(crate) proofs: VecDeque<Moment>,
+    /// When it was heard lately, the newest last, and by which process.
+    pub(crate) proofs: VecDeque<(Moment, Uuid)>,
 }
 
 /// A link.
@@ -123,8 +123,8 @@ pub(crate) struct Inner {
     processes: HashMap<Uuid, String>,
     /// When agents were admitted again.
     admitting: Vec<Moment>,
-    /// Since when nobody does, and how much of that no server notices.
-    refusing: Option<(Moment, Duration)>,
+    /// Since when nobody does.
+    refusing: Option<Refusing>,
     /// Times of trouble with the store.
     pub(crate) troubles: Vec<(Moment, Moment)>,
     /// Times in which a process was stopped.
@@ -136,11 +136,28 @@ pub(crate) struct Inner {
     fingerprint: u64,
 }
 
+/// A time in which nobody admits agents, for one reason after the other.
+#[derive(Clone, Copy, Debug)]
+struct Refusing {
+    /// Since when for the present reason.
+    since: Moment,
+    /// How much of that no server notices.
+    unnoticed: Duration,
+    /// True where an earlier reason lasted for longer than goes unnoticed.
+    noticed: bool,
+}
+
+impl Refusing {
+    fn is_noticed(&self, now: Moment) -> bool {
+        self.noticed || now.since(self.since) >= self.unnoticed
+    }
+}
+
 impl Contact {
     fn hear(&mut self, at: Moment, proves: bool) {
         self.heard = self.heard.max(at);
-        if proves && self.proofs.back().is_none_or(|last| *last < at) {
-            self.proofs.push_back(at);
+        if proves && self.proofs.back().is_none_or(|(last, _)| *last < at) {
+            self.proofs.push_back((at, self.process));
         }
         if self.proofs.len() > PROOFS {
             self.proofs.pop_front();
@@ -328,15 +345,17 @@ impl Inner {
     /// Notes that agents are admitted, or not for a reason that a server notices after a while.
     pub(crate) fn admits(&mut self, now: Moment, unnoticed: Option<Duration>) {
         match (unnoticed, self.refusing) {
-            (None, Some((since, unnoticed))) => {
-                if now.since(since) >= unnoticed {
+            (None, Some(refusing)) => {
+                if refusing.is_noticed(now) {
                     self.admitting.push(now);
                 }
                 self.refusing = None;
             }
-            (Some(unnoticed), refusing) => {
-                let (since, before) = refusing.unwrap_or((now, unnoticed));
-                self.refusing = Some((since, unnoticed.min(before)));
+            (Some(unnoticed), Some(refusing)) if refusing.unnoticed == unnoticed => {}
+            (Some(unnoticed), before) => {
+                // A short stop beside a short trouble of the store is neither a long stop nor a long trouble.
+                let noticed = before.is_some_and(|before| before.is_noticed(now));
+                self.refusing = Some(Refusing { since: now, unnoticed, noticed });
             }
             (None, None) => {}
         }
@@ -356,14 +375,16 @@ impl Inner {
         self.freezes.iter().any(|(which, begin, end)| *which == process && *begin <= until && *end >= from)
     }
 
-    /// The last moment before `until` of which its node has a proof: what is read after a stop proves nothing.
-    pub(crate) fn proof(&self, contact: &Contact, until: Moment) -> Moment {
+    /// The last proof that the process which heard it had `told` the others of: what is read after a stop proves nothing.
+    pub(crate) fn proof(&self, contact: &Contact, told: impl Fn(Uuid) -> Moment) -> Moment {
         let after_stop = |at: Moment| {
             self.freezes
                 .iter()
                 .any(|(_, begin, end)| *begin < at && at <= end.after(Duration::from_millis(1_500)))
         };
         let mut proofs = contact.proofs.iter().rev().copied();
-        proofs.find(|at| *at <= until && !after_stop(*at)).unwrap_or(contact.opened)
+        let proof = proofs.find(|(at, process)| *at <= told(*process) && !after_stop(*at)).map(|(at, _)| at);
+        // Polls may go on with a row that a process opened which died before it answered.
+        proof.or(Some(contact.opened).filter(|at| !after_stop(*at))).unwrap_or_default()
     }
 }

@@ -149,14 +149,17 @@ pub(crate) async fn run(seed: u64, rules: Rules, recording: bool) -> Outcome {
     if world.truth.first().is_none() {
         world.settle(&mut rng).await;
     }
-    let lasted = world.truth.lasted();
-    Outcome {
+    let outcome = Outcome {
         contradiction: world.truth.first(),
         timeline: world.truth.timeline(),
         fingerprint: world.truth.fingerprint(),
-        lasted,
+        lasted: world.truth.lasted(),
         places,
+    };
+    for process in (0..places).filter_map(|place| world.process(place)) {
+        process.die(&mut rng);
     }
+    outcome
 }
 
 impl World {
@@ -276,6 +279,10 @@ impl World {
         let unrecorded = stopped.await.unwrap_or(usize::MAX);
         if unrecorded > 0 {
             self.excuse_all("a node stopped without the store");
+        }
+        if self.database.records().was_taken_for_lost(process.node_id) {
+            // It answered until its stop and never learnt of its mark; what it heard is unknown elsewhere.
+            self.excuse_all("a node was taken for lost");
         }
         self.truth
             .say(format_args!("node-{place}.{} has stopped, {unrecorded} not on record", process.number));

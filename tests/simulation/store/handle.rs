@@ -191,11 +191,17 @@ impl ConnectionStore for Handle {
         let (batch, single) = (batch.to_vec(), self.database.single);
         let truth = Arc::clone(&self.database.truth);
         let written = self.call(transacts("write", batch.len() as u64), move |records| {
-            let written = (single || records.may_write(&batch)).then(|| records.write(&batch));
-            tell(&truth, &batch, written.as_deref().unwrap_or_default());
-            written
+            if !single && !records.may_write(&batch) {
+                return Err(StoreError::NodeEnded);
+            }
+            if records.has_opened_before(&batch) {
+                return Err(StoreError::Rejected("two rows of one opening".to_owned()));
+            }
+            let written = records.write(&batch);
+            tell(&truth, &batch, &written);
+            Ok(written)
         });
-        written.await?.ok_or(StoreError::NodeEnded)
+        written.await?
     }
 
     async fn get_active_connection(&self, agent: InstanceUid) -> Result<Option<ConnectionRow>, StoreError> {

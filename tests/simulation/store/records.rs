@@ -213,6 +213,11 @@ impl Records {
             .any(|row| row.id == node && (row.ended_at.is_some() || now.since(row.renewed_at) > row.lease))
     }
 
+    /// True where another node ended this one.
+    pub(crate) fn was_taken_for_lost(&self, node: Uuid) -> bool {
+        self.nodes.iter().any(|row| row.id == node && row.ended_by.is_some())
+    }
+
     fn is_gone(&self, node: Option<Uuid>) -> bool {
         self.nodes.iter().any(|row| Some(row.id) == node && row.ended_at.is_some())
     }
@@ -629,6 +634,16 @@ impl Records {
             Write::UpdateAgent(update) => update.node_id,
         });
         node.is_none_or(|node| self.nodes.iter().any(|row| row.id == node && row.ended_at.is_none()))
+    }
+
+    /// True where an opening on a node is done again whose row was made and has ended: the row's key is unique.
+    pub(crate) fn has_opened_before(&self, batch: &[Write]) -> bool {
+        batch.iter().any(|write| {
+            let Write::CreateConnection(new) = write else { return false };
+            let made = |row: &Row| row.node == Some(new.node_id) && row.seq == new.node_seq;
+            new.transport == Transport::Websocket
+                && self.rows.iter().any(|row| made(row) && row.end.is_some())
+        })
     }
 
     fn is_silent(&self, row: &Row, heir: &Heir) -> bool {
