@@ -64,7 +64,11 @@ pub(super) async fn connect(url: &str, max_connections: u32) -> Result<SqlStore<
         .map_err(|error| StoreError::Schema(format!("store.url is not a valid postgres:// URL: {error}")))?
         .application_name("opamp-server")
         // A server that hangs is a server that is away: its sessions give up by themselves as well.
-        .options([("statement_timeout", format!("{}ms", CALL_DEADLINE.as_millis()))])
+        // To compile a statement takes longer than any of ours runs.
+        .options([
+            ("statement_timeout", format!("{}ms", CALL_DEADLINE.as_millis())),
+            ("jit", "off".to_owned()),
+        ])
         .disable_statement_logging();
     // Alone first: the pool would try again until its time is over and then hide the reason.
     bounded(async {

@@ -130,7 +130,7 @@ where
     query.push(" AS status, ");
     push_state(query, at, watched);
     query.push(
-        " AS state FROM agents a) SELECT e.status, e.state, count(*) FROM everybody e GROUP BY e.status, e.state",
+        " AS state FROM agents a ORDER BY a.id) SELECT e.status, e.state, count(*) FROM everybody e GROUP BY e.status, e.state",
     );
 }
 
@@ -166,7 +166,8 @@ pub(in crate::store) fn select_past<D>(
         ..AgentFilter::default()
     };
     from_matching(query, &named);
-    query.push(") SELECT t.total, p.id AS agent, p.status, (SELECT max(s.at) FROM agent_status_log s WHERE s.agent_id = p.id AND s.at <= ");
+    // In the order in which both indexes of the past have them: each page of those is read once.
+    query.push(" ORDER BY a.id) SELECT t.total, p.id AS agent, p.status, (SELECT max(s.at) FROM agent_status_log s WHERE s.agent_id = p.id AND s.at <= ");
     query.push_bind(at).push(") AS since, ").push(STAY);
     query.push(" FROM (SELECT count(*) AS total FROM everybody e");
     push_matching(query, filter);
