@@ -244,9 +244,12 @@ impl LinkTask {
             let inbound = Inbound::new(report, digest_of_bytes(&bytes), share);
             let offer = self.take(inbound).await;
             link.attend(turned_away, self.process.services.clock.tick());
-            if began.elapsed() > ABSENCE {
-                self.absent_until = Some(Instant::now() + ABSENCE);
-            }
+            // What waits behind the messages of a long absence waits while each of them is taken in.
+            self.absent_until = match self.absent_until {
+                Some(until) if began <= until => Some(until + began.elapsed()),
+                _ if began.elapsed() > ABSENCE => Some(Instant::now() + ABSENCE),
+                until => until,
+            };
             offer
         };
         self.wire.answer(Down::Offer(Box::new(offer)));
