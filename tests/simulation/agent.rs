@@ -134,13 +134,13 @@ impl Agent {
             rng,
         };
         world.truth.name(uid, agent.name.clone());
-        let marks = agent.marks;
+        let (marks, now) = (agent.marks, world.truth.now());
         world.truth.own(uid, |own| {
             own.cloned |= !own.said.is_empty();
             own.stays = stays;
             own.marks = marks;
             own.said.push(std::collections::BTreeMap::new());
-            own.excuse = Some("it is new");
+            own.excuse = Some(("it is new", now));
         });
         agent
     }
@@ -179,14 +179,16 @@ impl Agent {
     }
 
     fn excuse(&self, why: &'static str) {
-        self.world.truth.own(self.uid, |own| own.excuse = Some(why));
+        let now = self.world.truth.now();
+        self.world.truth.own(self.uid, |own| own.excuse = Some((why, now)));
     }
 
     /// As [`excuse`](Self::excuse), for as long as anything may be on its way.
     fn excuse_longer(&self, why: &'static str, lasts: Duration) {
-        let until = self.world.truth.now().after(lasts);
+        let now = self.world.truth.now();
+        let until = now.after(lasts);
         self.world.truth.own(self.uid, |own| {
-            own.excuse = Some(why);
+            own.excuse = Some((why, now));
             own.excused_until = own.excused_until.max(Some(until));
         });
     }
@@ -257,10 +259,8 @@ impl Agent {
         self.say(format_args!("starts again"));
         self.number = self.rng.u64(0..2);
         self.full_first = true;
-        self.world.truth.own(self.uid, |own| {
-            own.said.push(std::collections::BTreeMap::new());
-            own.excuse = Some("it started again");
-        });
+        self.world.truth.own(self.uid, |own| own.said.push(std::collections::BTreeMap::new()));
+        self.excuse("it started again");
     }
 
     fn give_up_older(&mut self) {
@@ -476,9 +476,10 @@ impl Agent {
 
     /// Takes an answer that came then, and lay unread while the agent was stopped; true where it asks for full state.
     fn on_offer(&mut self, offer: &ServerToAgent, sent: Sent, came: Instant) -> bool {
+        let (now, came) = (self.world.truth.now(), self.world.truth.moment(came));
         if let Some(error) = &offer.error_response {
             self.say(format_args!("is answered: {}", error.error_message));
-            self.excuse("a report was refused");
+            self.world.truth.own(self.uid, |own| own.excuse = Some(("a report was refused", came)));
             if !matches!(error.details, Some(Details::RetryInfo(_))) {
                 let cloned = self.world.truth.own(self.uid, |own| own.cloned);
                 if !cloned {
@@ -494,13 +495,12 @@ impl Agent {
             self.rename(InstanceUid::from_bytes(bytes));
         }
         let asks = offer.flags & ServerToAgentFlags::ReportFullState as u64 != 0;
-        let (now, came) = (self.world.truth.now(), self.world.truth.moment(came));
         if asks {
             let (excuse, cloned) = self.world.truth.own(self.uid, |own| {
                 let late =
                     own.excused_until.filter(|until| came <= *until).map(|_| "something was on its way");
                 let asked = std::mem::replace(&mut own.asked, true).then_some("it was asked before");
-                (own.excuse.or(late).or(asked), own.cloned)
+                (own.excuse.map(|(why, _)| why).or(late).or(asked), own.cloned)
             });
             self.say(format_args!("is asked for full state ({})", excuse.unwrap_or("without need")));
             if excuse.is_none() && !cloned {
@@ -514,7 +514,8 @@ impl Agent {
         } else {
             self.world.truth.own(self.uid, |own| {
                 own.answered = sent.marks;
-                own.excuse = None;
+                // It says nothing of what happened after it, while it lay unread.
+                own.excuse = own.excuse.filter(|(_, since)| *since > came);
                 // Who was asked and told something else is asked again on the next link.
                 own.asked &= !sent.full;
                 own.acknowledged = Some(now);

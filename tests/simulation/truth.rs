@@ -79,10 +79,12 @@ pub(crate) struct Own {
     pub(crate) acknowledged: Option<Moment>,
     /// When its last poll was read, and by which process.
     pub(crate) polled: Option<(Moment, Uuid)>,
+    /// When the store was last asked for its connection and did not answer, and by which process.
+    pub(crate) unanswered: Option<(Moment, u64)>,
     /// When reports arrived with which it left.
     pub(crate) farewells: Vec<Moment>,
-    /// Something happened after which a server may ask for full state.
-    pub(crate) excuse: Option<&'static str>,
+    /// Something happened after which a server may ask for full state, and when.
+    pub(crate) excuse: Option<(&'static str, Moment)>,
     /// It was asked for full state and has not told it yet.
     pub(crate) asked: bool,
     /// Until then too: something of it may still be on its way.

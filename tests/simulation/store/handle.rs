@@ -205,7 +205,14 @@ impl ConnectionStore for Handle {
     }
 
     async fn get_active_connection(&self, agent: InstanceUid) -> Result<Option<ConnectionRow>, StoreError> {
-        self.call(reads("active connection"), move |records| records.open_row(agent).map(shown)).await
+        let row =
+            self.call(reads("active connection"), move |records| records.open_row(agent).map(shown)).await;
+        if row.is_err() {
+            let truth = &self.database.truth;
+            let now = truth.now();
+            truth.own(agent, |own| own.unanswered = Some((now, self.process)));
+        }
+        row
     }
 
     async fn list_connection_history(
