@@ -325,13 +325,6 @@ impl NodeStore for Handle {
     async fn end_node(&self, node: Uuid, at: Moment) -> Result<(), StoreError> {
         self.call(writes("end node", 0), move |records| records.end_node(node, at)).await
     }
-
-    async fn has_living_peer(&self, node: Uuid, at: Moment) -> Result<bool, StoreError> {
-        self.call(reads("peer"), move |records| {
-            records.peers(node).iter().any(|peer| at.since(peer.renewed_at) <= peer.lease)
-        })
-        .await
-    }
 }
 
 /// The simulation looks at the present: nobody asks it about the past.
