@@ -469,7 +469,8 @@ async fn seated(
     let _to_the_known = known.map(|link| Attending::to(process, link));
     let _to_a_new = Attending::to(process, Arc::clone(&origin.link));
     let heard = services.clock.moment(origin.link.last_byte());
-    process.truth.own(agent, |own| own.polled = Some((heard, process.node_id)));
+    // Not every poll is taken in its turn: where the seat was given up, who waited for it comes after later ones.
+    process.truth.own(agent, |own| own.polled = own.polled.max(Some((heard, process.node_id))));
     if let Some(session) = &*session {
         let id = session.connection().id;
         process.truth.taken(id, Transport::Http, process.node_id, None, heard);
