@@ -173,11 +173,13 @@ fn ended(truth: &Inner, own: &Own, row: &Row, end: &RowEnd, expected: Expected, 
                 let died = truth.deaths.get(&process).copied().unwrap_or(by).min(by);
                 if prompt { by.before(NEAR) } else { died.before(lag) }
             };
-            let since = told(contact.process).before(lag);
-            let excused = !prompt && (truth.troubled(since, by) || truth.froze(contact.process, since, by));
+            // Where one node alone loses the store, nobody knows what it heard (contract, section 4).
+            let (proof, process) = truth.proof(contact, told);
+            let since = told(process).before(lag);
+            let excused = !prompt && (truth.troubled(since, by) || truth.froze(process, since, by));
             // A stop is noticed by the look that comes late: it may have begun at any moment since the one before.
             let slack = if truth.froze(contact.process, end.at, by) { LOOK } else { NEAR };
-            if !excused && end.at.after(slack) < truth.proof(contact, told) {
+            if !excused && end.at.after(slack) < proof {
                 found.push((Rule::Proof, format!("ended before the last proof: {}", what())));
             }
         }
