@@ -45,8 +45,8 @@ impl Expectations {
     }
 }
 
-/// What arrives while a link is not read for longer than this is not dated by its reading; as long it takes until
-/// all of it was read.
+/// What arrives while a link is not read for longer than this is not dated by its reading; for as long the link has to
+/// be read until all of it was.
 const ABSENCE: Duration = Duration::from_secs(1);
 
 /// No tick: what arrives is not read, because the server works on a message of this link.
@@ -65,7 +65,8 @@ pub struct Link {
     refused: AtomicBool,
     /// Since when the link is read: [`BUSY`] while a message is being taken in.
     attentive_since: AtomicU64,
-    /// The last time for which it was not read for long: from, until.
+    /// The last time for which it was not read for long: from, until. The time in which it was not read again before all
+    /// that came was read prolongs it.
     absence: [AtomicU64; 2],
     received: AtomicU64,
     sent: AtomicU64,
@@ -163,8 +164,12 @@ impl Link {
 
     /// Notes that the link is read again, after it was not since `turned_away`.
     pub fn attend(&self, turned_away: Tick, now: Tick) {
-        if now.since(turned_away) > ABSENCE {
-            let [from, until] = &self.absence;
+        let (away, [from, until]) = (now.since(turned_away), &self.absence);
+        let last = Tick::from_micros(until.load(Ordering::Relaxed));
+        if last > Tick::default() && turned_away <= last.after(ABSENCE) {
+            // What waits behind the messages of a long absence waits while each of them is taken in.
+            until.store(last.after(away).as_micros(), Ordering::Relaxed);
+        } else if away > ABSENCE {
             from.store(turned_away.as_micros(), Ordering::Relaxed);
             until.store(now.as_micros(), Ordering::Relaxed);
         }
@@ -468,6 +473,22 @@ mod tests {
         assert_eq!(link.proof(at(46)), at(5), "what is read now may have waited");
         assert_eq!(link.proof(at(47)), at(47));
         assert_eq!(link.proof(at(4)), at(4));
+    }
+
+    #[test]
+    fn what_waits_behind_the_messages_of_an_absence_is_not_dated_by_its_reading() {
+        let (link, half) = (Link::heard_at(at(0)), Duration::from_millis(500));
+        link.attend(at(5), at(45));
+        for second in 45..48 {
+            link.attend(at(second).after(half), at(second + 1));
+        }
+        assert_eq!(link.proof(at(47)), at(5), "it was read for half a second in each");
+        assert_eq!(link.proof(at(48)), at(48), "by then for long enough");
+        link.attend(at(60), at(62));
+        link.attend(at(62), at(90));
+        assert_eq!(link.proof(at(91)), at(60), "one long absence after the other");
+        link.attend(at(100), at(100).after(half));
+        assert_eq!(link.proof(at(100).after(half)), at(100).after(half), "a short one hides nothing");
     }
 
     #[test]

@@ -253,10 +253,10 @@ impl Server {
         self.services.closing.store(true, Ordering::Relaxed);
         self.admission.close();
         self.stops.judging.cancel();
-        let now = self.services.clock.now();
-        let peers = tokio::time::timeout(GRACE / 4, self.store.0.has_living_peer(self.node_id, now)).await;
-        // Polls that may live on elsewhere are left alone: who cannot ask does not end them.
-        let peers = !matches!(peers, Ok(Ok(false)));
+        let peers = tokio::time::timeout(GRACE / 4, self.store.0.list_peers(self.node_id)).await;
+        // Polls that may live on elsewhere are left alone: who cannot ask does not end them, nor is a node lost whose
+        // renewal is merely late.
+        let peers = !peers.is_ok_and(|peers| peers.is_ok_and(|peers| peers.is_empty()));
         let _store_may_be_away = tokio::time::timeout_at(deadline, self.end_connections(peers)).await;
         self.admission.dismiss();
         self.stops.flushing.cancel();

@@ -363,9 +363,6 @@ pub trait NodeStore: Send + Sync {
 
     /// Marks a node as ended in an orderly way.
     async fn end_node(&self, node: Uuid, at: Moment) -> Result<(), StoreError>;
-
-    /// True where another node is not marked as ended and renewed its lease within its length before `at`.
-    async fn has_living_peer(&self, node: Uuid, at: Moment) -> Result<bool, StoreError>;
 }
 
 /// What was, as of a moment or over a span.

@@ -208,11 +208,6 @@ where
         let held = held.into_iter();
         Ok(held.map(|(id, agent, last_seen_at)| Held { id, agent: agent.into(), last_seen_at }).collect())
     }
-
-    async fn has_living_peer(&self, node: Uuid, at: Moment) -> Result<bool, StoreError> {
-        let peers = self.list_peers(node).await?;
-        Ok(peers.iter().any(|peer| at.since(peer.renewed_at) <= peer.lease))
-    }
 }
 
 /// An error where the session that held the lock is gone, and the lock with it.

@@ -173,11 +173,13 @@ fn ended(truth: &Inner, own: &Own, row: &Row, end: &RowEnd, expected: Expected, 
                 let died = truth.deaths.get(&process).copied().unwrap_or(by).min(by);
                 if prompt { by.before(NEAR) } else { died.before(lag) }
             };
-            let since = told(contact.process).before(lag);
-            let excused = !prompt && (truth.troubled(since, by) || truth.froze(contact.process, since, by));
+            // Where one node alone loses the store, nobody knows what it heard (contract, section 4).
+            let (proof, process) = truth.proof(contact, told);
+            let since = told(process).before(lag);
+            let excused = !prompt && (truth.troubled(since, by) || truth.froze(process, since, by));
             // A stop is noticed by the look that comes late: it may have begun at any moment since the one before.
             let slack = if truth.froze(contact.process, end.at, by) { LOOK } else { NEAR };
-            if !excused && end.at.after(slack) < truth.proof(contact, told) {
+            if !excused && end.at.after(slack) < proof {
                 found.push((Rule::Proof, format!("ended before the last proof: {}", what())));
             }
         }
@@ -262,10 +264,17 @@ fn silence(
             if cut_off(contact.process) {
                 return;
             }
-            let known = |&(at, process): &(Moment, _)| at.after(NEAR) < end.known() && !cut_off(process);
+            // The others know of a poller what is in the store (contract, section 3). A process that reads what lay there
+            // while it was stopped, and is gone before the next flush because it was taken for lost, tells it nothing.
+            let lost = |at: Moment, process| {
+                let gone = truth.deaths.get(&process).is_some_and(|died| *died <= at.after(expected.flush));
+                let other = expected.several && process != contact.process;
+                other && gone && truth.froze(process, at.before(PROMPT), at)
+            };
             // The poll that came too late is the one that ended it.
-            let before =
-                contact.proofs.iter().rev().map(|(at, _)| *at).find(|at| at.after(NEAR) < end.known());
+            let in_time = |&(at, process): &(Moment, _)| at.after(NEAR) < end.known() && !lost(at, process);
+            let known = |proof: &(Moment, _)| in_time(proof) && !cut_off(proof.1);
+            let before = contact.proofs.iter().rev().copied().find(in_time).map(|(at, _)| at);
             let heard = before.unwrap_or(contact.opened);
             heard.max(own.polled.filter(known).map(|(at, _)| at).unwrap_or_default())
         }
@@ -329,8 +338,11 @@ pub(crate) fn answered(process: &Process, uid: InstanceUid, id: i64, heard: Mome
     if !agent.rows.iter().rev().filter_map(|id| records.row(*id)).any(|row| covers(&row)) {
         let ended_elsewhere =
             records.row(id).is_some_and(|row| row.transport == Transport::Http && row.end.is_some());
-        // While the store is away from a node, agents are answered normally (contract, section 5): it cannot know.
-        if ended_elsewhere && process.services.outage.is_away() {
+        // While the store is away from a node, agents are answered normally (contract, section 5): it cannot know. So
+        // it is where the node has asked for this row since the report came, and was not answered.
+        let unanswered = process.truth.own(uid, |own| own.unanswered);
+        let asked = unanswered.is_some_and(|(at, by)| by == process.number && at >= heard);
+        if ended_elsewhere && (asked || process.services.outage.is_away()) {
             return;
         }
         let rule = if ended_elsewhere { Rule::Stale } else { Rule::Covered };

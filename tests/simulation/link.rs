@@ -244,9 +244,12 @@ impl LinkTask {
             let inbound = Inbound::new(report, digest_of_bytes(&bytes), share);
             let offer = self.take(inbound).await;
             link.attend(turned_away, self.process.services.clock.tick());
-            if began.elapsed() > ABSENCE {
-                self.absent_until = Some(Instant::now() + ABSENCE);
-            }
+            // What waits behind the messages of a long absence waits while each of them is taken in.
+            self.absent_until = match self.absent_until {
+                Some(until) if began <= until => Some(until + began.elapsed()),
+                _ if began.elapsed() > ABSENCE => Some(Instant::now() + ABSENCE),
+                until => until,
+            };
             offer
         };
         self.wire.answer(Down::Offer(Box::new(offer)));
@@ -466,7 +469,8 @@ async fn seated(
     let _to_the_known = known.map(|link| Attending::to(process, link));
     let _to_a_new = Attending::to(process, Arc::clone(&origin.link));
     let heard = services.clock.moment(origin.link.last_byte());
-    process.truth.own(agent, |own| own.polled = Some((heard, process.node_id)));
+    // Not every poll is taken in its turn: where the seat was given up, who waited for it comes after later ones.
+    process.truth.own(agent, |own| own.polled = own.polled.max(Some((heard, process.node_id))));
     if let Some(session) = &*session {
         let id = session.connection().id;
         process.truth.taken(id, Transport::Http, process.node_id, None, heard);

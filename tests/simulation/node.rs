@@ -278,9 +278,8 @@ impl Process {
         self.services.closing.store(true, Ordering::Relaxed);
         self.closed.store(true, Ordering::Relaxed);
         self.judging.cancel();
-        let now = self.services.clock.now();
-        let peers = tokio::time::timeout(GRACE / 4, self.store.has_living_peer(self.node_id, now)).await;
-        let peers = !matches!(peers, Ok(Ok(false)));
+        let peers = tokio::time::timeout(GRACE / 4, self.store.list_peers(self.node_id)).await;
+        let peers = !peers.is_ok_and(|peers| peers.is_ok_and(|peers| peers.is_empty()));
         let _store_may_be_away = tokio::time::timeout_at(deadline, self.end_connections(peers)).await;
         let links: Vec<_> = self.links().values().cloned().collect();
         for link in links {

@@ -79,10 +79,12 @@ pub(crate) struct Own {
     pub(crate) acknowledged: Option<Moment>,
     /// When its last poll was read, and by which process.
     pub(crate) polled: Option<(Moment, Uuid)>,
+    /// When the store was last asked for its connection and did not answer, and by which process.
+    pub(crate) unanswered: Option<(Moment, u64)>,
     /// When reports arrived with which it left.
     pub(crate) farewells: Vec<Moment>,
-    /// Something happened after which a server may ask for full state.
-    pub(crate) excuse: Option<&'static str>,
+    /// Something happened after which a server may ask for full state, and when.
+    pub(crate) excuse: Option<(&'static str, Moment)>,
     /// It was asked for full state and has not told it yet.
     pub(crate) asked: bool,
     /// Until then too: something of it may still be on its way.
@@ -375,16 +377,18 @@ impl Inner {
         self.freezes.iter().any(|(which, begin, end)| *which == process && *begin <= until && *end >= from)
     }
 
-    /// The last proof that the process which heard it had `told` the others of: what is read after a stop proves nothing.
-    pub(crate) fn proof(&self, contact: &Contact, told: impl Fn(Uuid) -> Moment) -> Moment {
+    /// The last proof that the process which heard it had `told` the others of, and which process that is: what is read
+    /// after a stop proves nothing.
+    pub(crate) fn proof(&self, contact: &Contact, told: impl Fn(Uuid) -> Moment) -> (Moment, Uuid) {
         let after_stop = |at: Moment| {
             self.freezes
                 .iter()
                 .any(|(_, begin, end)| *begin < at && at <= end.after(Duration::from_millis(1_500)))
         };
         let mut proofs = contact.proofs.iter().rev().copied();
-        let proof = proofs.find(|(at, process)| *at <= told(*process) && !after_stop(*at)).map(|(at, _)| at);
+        let proof = proofs.find(|(at, process)| *at <= told(*process) && !after_stop(*at));
         // Polls may go on with a row that a process opened which died before it answered.
-        proof.or(Some(contact.opened).filter(|at| !after_stop(*at))).unwrap_or_default()
+        let opened = Some(contact.opened).filter(|at| !after_stop(*at)).unwrap_or_default();
+        proof.unwrap_or((opened, contact.process))
     }
 }

@@ -213,9 +213,10 @@ impl World {
 
     /// Every agent may be asked for its state: something was lost.
     fn excuse_all(&self, why: &'static str) {
-        let until = self.truth.now().after(Duration::from_secs(90));
+        let now = self.truth.now();
+        let until = now.after(Duration::from_secs(90));
         self.truth.lock().agents.values_mut().for_each(|own| {
-            own.excuse = Some(why);
+            own.excuse = Some((why, now));
             own.excused_until = own.excused_until.max(Some(until));
         });
     }

@@ -128,7 +128,7 @@ conformance! {
         rows_displaced_since_the_last_renewal_of_a_lost_node_are_server_lost(database),
         an_ended_node_cannot_renew(store),
         a_node_that_was_replaced_cannot_renew(store),
-        living_peers_are_seen(database),
+        peers_are_seen(database),
         a_lost_node_is_ended_once(database),
         strays_of_ended_nodes_are_ended(database),
         a_node_name_has_one_holder(database),

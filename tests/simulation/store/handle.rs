@@ -205,7 +205,14 @@ impl ConnectionStore for Handle {
     }
 
     async fn get_active_connection(&self, agent: InstanceUid) -> Result<Option<ConnectionRow>, StoreError> {
-        self.call(reads("active connection"), move |records| records.open_row(agent).map(shown)).await
+        let row =
+            self.call(reads("active connection"), move |records| records.open_row(agent).map(shown)).await;
+        if row.is_err() {
+            let truth = &self.database.truth;
+            let now = truth.now();
+            truth.own(agent, |own| own.unanswered = Some((now, self.process)));
+        }
+        row
     }
 
     async fn list_connection_history(
@@ -317,13 +324,6 @@ impl NodeStore for Handle {
 
     async fn end_node(&self, node: Uuid, at: Moment) -> Result<(), StoreError> {
         self.call(writes("end node", 0), move |records| records.end_node(node, at)).await
-    }
-
-    async fn has_living_peer(&self, node: Uuid, at: Moment) -> Result<bool, StoreError> {
-        self.call(reads("peer"), move |records| {
-            records.peers(node).iter().any(|peer| at.since(peer.renewed_at) <= peer.lease)
-        })
-        .await
     }
 }
 

@@ -2,6 +2,8 @@
 //!
 //! It does what OpAMP clients do with answers, and tells the record of the truth what it does.
 
+mod polls;
+
 use std::collections::VecDeque;
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -20,7 +22,7 @@ use prost::Message as _;
 use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use crate::link::{Down, LinkTask, Polled, Up, Wire, admit_link, poll};
+use crate::link::{Down, LinkTask, Up, Wire, admit_link};
 use crate::node::Process;
 use crate::rules::Rule;
 use crate::truth::{Marks, PARTS};
@@ -134,13 +136,13 @@ impl Agent {
             rng,
         };
         world.truth.name(uid, agent.name.clone());
-        let marks = agent.marks;
+        let (marks, now) = (agent.marks, world.truth.now());
         world.truth.own(uid, |own| {
             own.cloned |= !own.said.is_empty();
             own.stays = stays;
             own.marks = marks;
             own.said.push(std::collections::BTreeMap::new());
-            own.excuse = Some("it is new");
+            own.excuse = Some(("it is new", now));
         });
         agent
     }
@@ -179,14 +181,16 @@ impl Agent {
     }
 
     fn excuse(&self, why: &'static str) {
-        self.world.truth.own(self.uid, |own| own.excuse = Some(why));
+        let now = self.world.truth.now();
+        self.world.truth.own(self.uid, |own| own.excuse = Some((why, now)));
     }
 
     /// As [`excuse`](Self::excuse), for as long as anything may be on its way.
     fn excuse_longer(&self, why: &'static str, lasts: Duration) {
-        let until = self.world.truth.now().after(lasts);
+        let now = self.world.truth.now();
+        let until = now.after(lasts);
         self.world.truth.own(self.uid, |own| {
-            own.excuse = Some(why);
+            own.excuse = Some((why, now));
             own.excused_until = own.excused_until.max(Some(until));
         });
     }
@@ -257,10 +261,8 @@ impl Agent {
         self.say(format_args!("starts again"));
         self.number = self.rng.u64(0..2);
         self.full_first = true;
-        self.world.truth.own(self.uid, |own| {
-            own.said.push(std::collections::BTreeMap::new());
-            own.excuse = Some("it started again");
-        });
+        self.world.truth.own(self.uid, |own| own.said.push(std::collections::BTreeMap::new()));
+        self.excuse("it started again");
     }
 
     fn give_up_older(&mut self) {
@@ -476,9 +478,10 @@ impl Agent {
 
     /// Takes an answer that came then, and lay unread while the agent was stopped; true where it asks for full state.
     fn on_offer(&mut self, offer: &ServerToAgent, sent: Sent, came: Instant) -> bool {
+        let (now, came) = (self.world.truth.now(), self.world.truth.moment(came));
         if let Some(error) = &offer.error_response {
             self.say(format_args!("is answered: {}", error.error_message));
-            self.excuse("a report was refused");
+            self.world.truth.own(self.uid, |own| own.excuse = Some(("a report was refused", came)));
             if !matches!(error.details, Some(Details::RetryInfo(_))) {
                 let cloned = self.world.truth.own(self.uid, |own| own.cloned);
                 if !cloned {
@@ -494,13 +497,12 @@ impl Agent {
             self.rename(InstanceUid::from_bytes(bytes));
         }
         let asks = offer.flags & ServerToAgentFlags::ReportFullState as u64 != 0;
-        let (now, came) = (self.world.truth.now(), self.world.truth.moment(came));
         if asks {
             let (excuse, cloned) = self.world.truth.own(self.uid, |own| {
                 let late =
                     own.excused_until.filter(|until| came <= *until).map(|_| "something was on its way");
                 let asked = std::mem::replace(&mut own.asked, true).then_some("it was asked before");
-                (own.excuse.or(late).or(asked), own.cloned)
+                (own.excuse.map(|(why, _)| why).or(late).or(asked), own.cloned)
             });
             self.say(format_args!("is asked for full state ({})", excuse.unwrap_or("without need")));
             if excuse.is_none() && !cloned {
@@ -514,7 +516,8 @@ impl Agent {
         } else {
             self.world.truth.own(self.uid, |own| {
                 own.answered = sent.marks;
-                own.excuse = None;
+                // It says nothing of what happened after it, while it lay unread.
+                own.excuse = own.excuse.filter(|(_, since)| *since > came);
                 // Who was asked and told something else is asked again on the next link.
                 own.asked &= !sent.full;
                 own.acknowledged = Some(now);
@@ -541,115 +544,5 @@ impl Agent {
             own.said.push([(number, said)].into_iter().collect());
         });
         self.uid = uid;
-    }
-
-    /// Polls for a while; answers how long to stay away.
-    async fn poll(&mut self) -> Duration {
-        self.give_up_older();
-        let mut until = Instant::now() + self.between(1, 1_800_000);
-        let world = Arc::clone(&self.world);
-        let mut again: Option<(Vec<u8>, Sent)> = None;
-        let mut say = if self.full_first || self.number <= 1 { Say::Full } else { Say::Nothing };
-        let mut answered_at: Option<Instant> = None;
-        loop {
-            let calm = self.world.is_calm();
-            if calm && self.stays {
-                until = Instant::now() + Duration::from_hours(10_000);
-            }
-            let leaves = Instant::now() >= until || calm && !self.stays;
-            if leaves {
-                // A farewell of somebody who is not connected is not looked at.
-                let connected = answered_at.is_some_and(|at| at.elapsed() < world.config.heartbeat.timeout);
-                if !connected || self.rng.bool() {
-                    self.say(format_args!("stops polling"));
-                    self.excuse("it stopped polling");
-                    break;
-                }
-                say = Say::Farewell;
-                again = None;
-            }
-            let (bytes, sent) = again.take().unwrap_or_else(|| self.report(say));
-            let mut pause = self.pace;
-            match self.post(bytes.clone(), say).await {
-                Some(Polled::Offer(offer)) => {
-                    let asked = self.on_offer(&offer, sent, Instant::now());
-                    answered_at = Some(Instant::now());
-                    if leaves {
-                        break;
-                    }
-                    say = if asked {
-                        pause = Duration::from_millis(self.rng.u64(1..500));
-                        Say::Full
-                    } else if self.rng.u8(0..5) == 0 && !self.world.is_quiet() {
-                        Say::Part(self.rng.usize(0..PARTS))
-                    } else {
-                        Say::Nothing
-                    };
-                }
-                Some(Polled::Later) => {
-                    self.say(format_args!("is told to come later"));
-                    self.excuse("a poll was refused");
-                    again = Some((bytes, sent));
-                    pause = Duration::from_millis(self.rng.u64(30_000..60_000));
-                }
-                None => {
-                    self.say(format_args!("has no answer to its poll"));
-                    self.excuse_longer("a poll was not answered", Duration::from_mins(10));
-                    again = Some((bytes, sent));
-                    pause = self.between(500, 30_000);
-                }
-            }
-            if again.is_some() && self.rng.u8(0..4) == 0 {
-                // It gives the message up; who has just started tells everything once more.
-                again = None;
-                say = if self.full_first { Say::Full } else { Say::Nothing };
-            }
-            if leaves {
-                break;
-            }
-            if !calm && self.rng.u8(0..40) == 0 {
-                pause = self.between(1_000, 400_000);
-            }
-            tokio::select! {
-                biased;
-                () = sleep(pause) => {}
-                () = world.calmed(), if !calm => {}
-            }
-        }
-        self.excuse_overtaken();
-        if self.rng.u8(0..6) == 0 && !self.world.is_calm() {
-            self.restart();
-        }
-        if self.rng.u8(0..4) == 0 { self.between(60_000, 1_800_000) } else { self.between(1, 120_000) }
-    }
-
-    /// One poll; none where nobody answers it.
-    async fn post(&mut self, bytes: Vec<u8>, say: Say) -> Option<Polled> {
-        let place = self.place();
-        let process = self.world.process(place)?;
-        let takes = Duration::from_millis(self.rng.u64(0..30));
-        self.say(format_args!("polls node-{place}.{}: report {} {say:?}", process.number, self.number));
-        sleep(takes).await;
-        let (answer, answered) = oneshot::channel();
-        let number = self.world.next_wire();
-        let (truth, uid) = (Arc::clone(&self.world.truth), self.uid);
-        let (poller, farewell) = (Arc::clone(&process), say == Say::Farewell);
-        process.spawn(async move {
-            let now = truth.now();
-            truth.own(uid, |own| {
-                if farewell {
-                    own.farewells.push(now);
-                }
-            });
-            poll(poller, bytes, Self::peer(number), answer).await;
-        });
-        let before = self.polled.replace(process.number);
-        if say == Say::Farewell && before != self.polled {
-            // Who is not connected there is not looked at.
-            self.excuse_longer("it said farewell to another process", Duration::from_mins(10));
-        }
-        let hasty = self.rng.u8(0..50) == 0 && !self.world.is_calm();
-        let patience = if hasty { takes } else { PATIENCE };
-        timeout(patience, answered).await.ok()?.ok()
     }
 }
