@@ -393,7 +393,7 @@ const STAYS: [f64; 12] =
 /// Buckets from a millisecond to ten seconds.
 const DELAYS: [f64; 11] = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0, 2.5, 10.0];
 /// Buckets for batch sizes.
-const SIZES: [f64; 8] = [1.0, 4.0, 16.0, 64.0, 128.0, 256.0, 512.0, 1_024.0];
+const SIZES: [f64; 9] = [1.0, 4.0, 16.0, 64.0, 128.0, 256.0, 512.0, 1_024.0, 2_048.0];
 
 impl Metrics {
     /// All metrics of a new server.
