@@ -25,6 +25,9 @@ const STRIDE: u32 = 16;
 /// carries it and the database's own copies. Text that JSON must escape takes more.
 const PER_BYTE: u64 = 8;
 
+/// What every message takes beside: the report and its documents as they stand, its job, its row in the batch.
+const PER_MESSAGE: u64 = 16 << 10;
+
 /// What an element of a message takes while it is unfolded, beside its bytes: in the message and in its document.
 const PER_ELEMENT: u64 = 400;
 
@@ -168,7 +171,7 @@ impl Share {
 
     /// Waits until the share covers what it takes to unfold and to store a message of so many bytes and elements.
     pub async fn cover_message(&mut self, bytes: usize, elements: usize) {
-        self.cover(bytes as u64 * PER_BYTE + elements as u64 * PER_ELEMENT).await;
+        self.cover(PER_MESSAGE + bytes as u64 * PER_BYTE + elements as u64 * PER_ELEMENT).await;
     }
 
     /// True for the share of a large message.

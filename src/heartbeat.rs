@@ -68,8 +68,10 @@ pub struct HeartbeatMonitor {
 struct Watched {
     connection: Arc<OpenConnection>,
     not_before: Tick,
-    /// Since when it is watched.
+    /// Since when it is watched, or was last given time.
     since: Tick,
+    /// For how long its link had not been read when it was armed.
+    away: Duration,
 }
 
 impl std::fmt::Debug for HeartbeatMonitor {
@@ -113,7 +115,7 @@ impl HeartbeatMonitor {
                 () = stop.cancelled() => return,
                 Some((connection, not_before)) = self.intake.recv() => {
                     let since = self.history.clock().tick();
-                    self.arm(Watched { connection, not_before, since });
+                    self.arm(Watched { connection, not_before, since, away: Duration::ZERO });
                 }
                 Some(expired) = std::future::poll_fn(|context| self.deadlines.poll_expired(context)),
                     if !self.deadlines.is_empty() => self.judge(expired.into_inner()),
@@ -141,7 +143,8 @@ impl HeartbeatMonitor {
         }
     }
 
-    fn arm(&mut self, watched: Watched) {
+    fn arm(&mut self, mut watched: Watched) {
+        watched.away = watched.connection.link.time_away();
         let at = self.history.clock().instant(self.deadline(&watched));
         self.deadlines.insert_at(watched, at);
     }
@@ -157,6 +160,12 @@ impl HeartbeatMonitor {
         let now = self.history.clock().tick();
         if now < deadline {
             self.arm(watched);
+            return;
+        }
+        // A report may have waited behind others, each of which the server took a moment for.
+        let away = watched.connection.link.time_away().saturating_sub(watched.away);
+        if attended && !away.is_zero() {
+            self.arm(Watched { not_before: now.after(away), since: now, ..watched });
             return;
         }
         let polls = watched.connection.transport == Transport::Http;

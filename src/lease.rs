@@ -137,6 +137,8 @@ struct Watching {
     peers: BTreeMap<Uuid, Seen>,
     /// Who was there when this node last looked, however long ago, and was not lost.
     there: BTreeSet<Uuid>,
+    /// Whose loss was told, while they are still on record as living.
+    lost: BTreeSet<Uuid>,
 }
 
 /// The last renewal of a peer, and since when it stands.
@@ -149,7 +151,7 @@ struct Seen {
 
 impl Watching {
     fn new(length: Duration) -> Self {
-        Self { length, renewed: None, peers: BTreeMap::new(), there: BTreeSet::new() }
+        Self { length, renewed: None, peers: BTreeMap::new(), there: BTreeSet::new(), lost: BTreeSet::new() }
     }
 
     /// This node's own renewal failed: nothing seen so far counts against anybody.
@@ -175,7 +177,9 @@ impl Watching {
             self.failed();
         }
         self.renewed = Some(now);
-        self.there = peers.iter().map(|peer| peer.id).collect();
+        let listed: BTreeSet<Uuid> = peers.iter().map(|peer| peer.id).collect();
+        self.lost.retain(|id| listed.contains(id));
+        self.there = &listed - &self.lost;
         self.peers.retain(|id, _| peers.iter().any(|peer| peer.id == *id));
         let lost = |peer: &Peer| {
             let seen = || Seen { renewal: peer.renewed_at, since: now, lease: peer.lease };
@@ -188,7 +192,10 @@ impl Watching {
         let lost: Vec<Peer> = peers.into_iter().filter(lost).collect();
         // Whoever is still there after another whole lease is reported once more.
         self.peers.retain(|id, _| lost.iter().all(|peer| peer.id != *id));
-        self.there.retain(|id| lost.iter().all(|peer| peer.id != *id));
+        for peer in &lost {
+            self.there.remove(&peer.id);
+            self.lost.insert(peer.id);
+        }
         lost
     }
 }
@@ -227,6 +234,8 @@ mod tests {
         }
         assert_eq!(watching.renewed(at(15), vec![peer(2)]), [peer(2)]);
         assert!(!watching.misses_any(&[]), "its loss was told");
+        assert!(watching.renewed(at(16), vec![peer(2)]).is_empty(), "it is being ended");
+        assert!(!watching.misses_any(&[]), "its loss was told once");
         assert!(watching.renewed(at(18), Vec::new()).is_empty(), "it was ended");
     }
 

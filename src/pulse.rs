@@ -49,9 +49,6 @@ impl Expectations {
 /// be read until all of it was.
 const ABSENCE: Duration = Duration::from_secs(1);
 
-/// No tick: what arrives is not read, because the server works on a message of this link.
-const BUSY: u64 = u64::MAX;
-
 /// What one link shares with the connections on it.
 #[derive(Debug, Default)]
 pub struct Link {
@@ -63,8 +60,12 @@ pub struct Link {
     dismissed: AtomicBool,
     /// True where a first report of an agent was refused on it.
     refused: AtomicBool,
-    /// Since when the link is read: [`BUSY`] while a message is being taken in.
+    /// True while a message is being taken in, and the link is not read.
+    busy: AtomicBool,
+    /// Since when it is read, but for moments: the end of its last absence.
     attentive_since: AtomicU64,
+    /// For how long it was not read so far, moments included, in microseconds.
+    away: AtomicU64,
     /// The last time for which it was not read for long: from, until. The time in which it was not read again before all
     /// that came was read prolongs it.
     absence: [AtomicU64; 2],
@@ -159,21 +160,32 @@ impl Link {
 
     /// Notes that the link is not read until [`attend`](Self::attend): a message of it is being taken in.
     pub fn turn_away(&self) {
-        self.attentive_since.store(BUSY, Ordering::Relaxed);
+        self.busy.store(true, Ordering::Relaxed);
     }
 
     /// Notes that the link is read again, after it was not since `turned_away`.
     pub fn attend(&self, turned_away: Tick, now: Tick) {
         let (away, [from, until]) = (now.since(turned_away), &self.absence);
+        self.away.fetch_add(u64::try_from(away.as_micros()).unwrap_or(u64::MAX), Ordering::Relaxed);
         let last = Tick::from_micros(until.load(Ordering::Relaxed));
-        if last > Tick::default() && turned_away <= last.after(ABSENCE) {
+        let goes_on = last > Tick::default() && turned_away <= last.after(ABSENCE);
+        if goes_on {
             // What waits behind the messages of a long absence waits while each of them is taken in.
             until.store(last.after(away).as_micros(), Ordering::Relaxed);
         } else if away > ABSENCE {
             from.store(turned_away.as_micros(), Ordering::Relaxed);
             until.store(now.as_micros(), Ordering::Relaxed);
         }
-        self.attentive_since.store(now.as_micros(), Ordering::Relaxed);
+        if goes_on || away > ABSENCE {
+            self.attentive_since.store(now.as_micros(), Ordering::Relaxed);
+        }
+        self.busy.store(false, Ordering::Relaxed);
+    }
+
+    /// For how long it was not read so far: what was on its way then may have to wait as long.
+    #[must_use]
+    pub fn time_away(&self) -> Duration {
+        Duration::from_micros(self.away.load(Ordering::Relaxed))
     }
 
     /// What is proved by bytes that were read at `seen`: those read after an absence may have waited all the while.
@@ -184,11 +196,11 @@ impl Link {
         if from < seen && seen <= until.after(ABSENCE) { from } else { seen }
     }
 
-    /// Since when the link is read; none while it is not, and nobody on it can be heard.
+    /// Since when the link is read, but for moments; none while it is not, and nobody on it can be heard.
     #[must_use]
     pub fn attentive_since(&self) -> Option<Tick> {
-        let since = self.attentive_since.load(Ordering::Relaxed);
-        (since != BUSY).then(|| Tick::from_micros(since))
+        let is_read = !self.busy.load(Ordering::Relaxed);
+        is_read.then(|| Tick::from_micros(self.attentive_since.load(Ordering::Relaxed)))
     }
 
     /// Tells the link to close once it carries no agent.
@@ -473,6 +485,20 @@ mod tests {
         assert_eq!(link.proof(at(46)), at(5), "what is read now may have waited");
         assert_eq!(link.proof(at(47)), at(47));
         assert_eq!(link.proof(at(4)), at(4));
+    }
+
+    #[test]
+    fn moments_without_reading_add_up_and_move_no_deadline() {
+        let (link, half) = (Link::heard_at(at(0)), Duration::from_millis(500));
+        for second in 1..4 {
+            link.turn_away();
+            assert_eq!(link.attentive_since(), None);
+            link.attend(at(second), at(second).after(half));
+            assert_eq!(link.attentive_since(), Some(Tick::default()));
+        }
+        assert_eq!(link.time_away(), half * 3);
+        link.attend(at(10), at(20));
+        assert_eq!((link.attentive_since(), link.time_away()), (Some(at(20)), half * 23));
     }
 
     #[test]

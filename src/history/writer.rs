@@ -144,9 +144,11 @@ impl Writer {
             let second = batch.split_off(batch.len() / 2);
             parts.push(second);
             parts.push(batch);
-        } else if let Some(job) = batch.pop_if(|job| job.is_opened_again()) {
+        } else if let Some(job) =
+            batch.pop_if(|job| matches!(error, StoreError::Rejected(_)) && job.is_opened_again())
+        {
             // Its row was made when its answer was lost, and a newer connection has ended it since: what the report
-            // holds is as good as ever.
+            // holds is as good as ever. Were it not, it is refused when it comes again.
             self.give_up(job, &StoreError::Unavailable("its opening was overtaken".to_owned()));
         } else if let Some(job) = batch.pop() {
             self.refuse(job, error);

@@ -28,7 +28,9 @@ async fn flush(services: &Services) {
             continue;
         }
         if let Some((seen, sequence_num)) = connection.pulse.untold(connection.last_seen()) {
-            let at = services.clock.moment(connection.proof(&services.sight, seen));
+            // Never before what is on record: the number would not be stored with it.
+            let proof = services.clock.moment(connection.proof(&services.sight, seen));
+            let at = proof.max(connection.sighted());
             connection.note_sighting(at);
             sightings.push(Sighting {
                 agent: connection.agent,

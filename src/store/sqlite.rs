@@ -16,13 +16,13 @@ use super::{CALL_DEADLINE, Store, StoreError};
 /// The cache of a connection that reads, 16 MiB: the indexes of a large fleet stay in it.
 const READER_CACHE: &str = "-16384";
 
-/// The cache of the connection that writes, 16 MiB: what a batch of a thousand reports touches is written once, at the
-/// end. It grows as it is needed.
+/// The cache of the connection that writes, 16 MiB: most of what a batch touches is written once, at its end. It grows
+/// as it is needed.
 const WRITER_CACHE: &str = "-16384";
 
-/// After so many pages, 32 MiB, the log of what was written goes into the file: pages that many batches touch go there
-/// once.
-const CHECKPOINT_PAGES: &str = "8000";
+/// After so many pages, 8 MiB, the log of what was written goes into the file: pages that several batches touch go there
+/// once. The commit that does so waits for it, also on a slow disk.
+const CHECKPOINT_PAGES: &str = "2000";
 
 /// How long a look at a file that another process holds is put off.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
@@ -35,6 +35,9 @@ pub(super) async fn open(
 ) -> Result<SqlStore<Sqlite>, StoreError> {
     let store = connect(url, max_connections, migrate).await?;
     store.prepare(migrate).await?;
+    // What one statement may have to take back is not worth a file; what a migration sorts is.
+    let in_memory = sqlx::query("PRAGMA temp_store = memory").execute(&store.writers);
+    bounded(async { in_memory.await.map_err(failure::<Sqlite>) }).await?;
     Ok(store)
 }
 
@@ -73,12 +76,8 @@ pub(super) async fn connect(
         | StoreError::Schema(_)) => error,
     };
     let writer = pool(1).idle_timeout(None).max_lifetime(None);
-    let writing = options
-        .clone()
-        .pragma("cache_size", WRITER_CACHE)
-        .pragma("wal_autocheckpoint", CHECKPOINT_PAGES)
-        // What one statement may have to take back is not worth a file.
-        .pragma("temp_store", "memory");
+    let writing =
+        options.clone().pragma("cache_size", WRITER_CACHE).pragma("wal_autocheckpoint", CHECKPOINT_PAGES);
     let writers = connect_writer(writer, &writing).await.map_err(unusable)?;
     let readers = if in_memory {
         // A database in memory is private to its one connection.

@@ -289,6 +289,8 @@ impl AgentState {
             fresh: PartSet::default(),
             digests: [None; Part::ALL.len()],
             last_report: None,
+            rival: None,
+            swaps: 0,
             ..self
         }
     }

@@ -61,7 +61,7 @@ pub(crate) struct Args {
 
     /// Size of the first report in bytes of protobuf, up to 67108864, reached by padding the
     /// description; without padding it has about 350
-    #[arg(long, value_name = "BYTES", default_value = "2048",
+    #[arg(long, visible_alias = "description-bytes", value_name = "BYTES", default_value = "2048",
           value_parser = RangedU64ValueParser::<usize>::new().range(..=MAX_REPORT_BYTES))]
     pub(crate) report_bytes: usize,
 

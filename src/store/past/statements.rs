@@ -3,6 +3,8 @@
 //! One index holds each agent's rows by when they began, another its changes of status, both with what decides: an
 //! agent as of a moment costs one step into each, however long its history is.
 
+use std::time::Duration;
+
 use sqlx::{Encode, QueryBuilder, Type};
 
 use super::{PastFilter, Span, StayPlace};
@@ -235,12 +237,10 @@ where
     D: Dialect,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    query
-        .push("SELECT c.agent_id, c.connected_at, c.node_id, c.remote_addr")
-        .push(LAST_OF_EACH)
-        .push_bind(at);
-    query.push(OF_EACH).push(" WHERE c.connected_at < ").push_bind(at);
-    query.push(" AND (c.disconnected_at IS NULL OR c.disconnected_at >= ").push_bind(at).push(")");
+    query.push("SELECT c.agent_id, c.connected_at, c.node_id, c.remote_addr").push(LAST_OF_EACH);
+    // Who came at that very moment displaced whom it is about.
+    query.push_bind(at.before(Duration::from_micros(1))).push(OF_EACH);
+    query.push(" WHERE (c.disconnected_at IS NULL OR c.disconnected_at >= ").push_bind(at).push(")");
 }
 
 /// Adds the rows of all agents, as `c`, that reach into a span: `begun` in it, or before it.

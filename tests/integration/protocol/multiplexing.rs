@@ -1,6 +1,6 @@
 //! Several agents on one link: each is its own connection.
 
-use opamp_server::proto::ServerErrorResponseType;
+use opamp_server::proto::{AgentToServer, ComponentHealth, ServerErrorResponseType};
 use serde_json::json;
 use tokio_tungstenite::tungstenite::protocol::Message;
 
@@ -121,12 +121,29 @@ async fn more_agents_than_a_link_may_carry_are_told_to_come_later() {
 /// S-057: on a shared link an agent with heartbeats lives by its own reports; the link's bytes are not its own.
 #[tokio::test]
 async fn s_057_on_a_shared_link_own_reports_are_the_signs_of_life() {
+    lives_by_its_own_reports(|talker, _| talker.report()).await;
+}
+
+/// S-057: nor are the changes of others, each of which the server takes a moment to store.
+#[tokio::test]
+async fn s_057_on_a_shared_link_changes_of_others_are_no_signs_of_life() {
+    lives_by_its_own_reports(|talker, round| AgentToServer {
+        health: Some(ComponentHealth { healthy: round % 2 == 0, ..ComponentHealth::default() }),
+        ..talker.report()
+    })
+    .await;
+}
+
+async fn lives_by_its_own_reports(say: fn(&mut Agent, u32) -> AgentToServer) {
     let server = TestServer::with(impatient).await;
+    let mut round = 0;
     let mut agents = [Agent::with(STATUS | HEARTBEATS), Agent::with(STATUS | HEARTBEATS)];
     let mut socket = gather(&server, &mut agents).await;
     let [talker, silent] = &mut agents;
     eventually("the silent one is offline", async || {
-        assert_acknowledged(&socket.exchange(&talker.report()).await, talker.uid);
+        round += 1;
+        let told = say(talker, round);
+        assert_acknowledged(&socket.exchange(&told).await, talker.uid);
         (server.status(silent.uid).await["status"] == "offline").then_some(())
     })
     .await;
