@@ -70,8 +70,8 @@ struct Watched {
     not_before: Tick,
     /// Since when it is watched, or was last given time.
     since: Tick,
-    /// For how long its link had not been read when it was armed.
-    away: Duration,
+    /// For how long its link had not been read when it was armed, in microseconds.
+    away: u64,
 }
 
 impl std::fmt::Debug for HeartbeatMonitor {
@@ -115,7 +115,7 @@ impl HeartbeatMonitor {
                 () = stop.cancelled() => return,
                 Some((connection, not_before)) = self.intake.recv() => {
                     let since = self.history.clock().tick();
-                    self.arm(Watched { connection, not_before, since, away: Duration::ZERO });
+                    self.arm(Watched { connection, not_before, since, away: 0 });
                 }
                 Some(expired) = std::future::poll_fn(|context| self.deadlines.poll_expired(context)),
                     if !self.deadlines.is_empty() => self.judge(expired.into_inner()),
@@ -164,8 +164,9 @@ impl HeartbeatMonitor {
         }
         // A report may have waited behind others, each of which the server took a moment for.
         let away = watched.connection.link.time_away().saturating_sub(watched.away);
-        if attended && !away.is_zero() {
-            self.arm(Watched { not_before: now.after(away), since: now, ..watched });
+        if attended && away > 0 {
+            let not_before = now.after(Duration::from_micros(away));
+            self.arm(Watched { not_before, since: now, ..watched });
             return;
         }
         let polls = watched.connection.transport == Transport::Http;
