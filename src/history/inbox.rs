@@ -171,6 +171,9 @@ struct Tries {
 /// After so many tries it is this very change that the store cannot take.
 const MOST_TRIES: u32 = 5;
 
+/// For so many jobs there is always room.
+const LEAST_ROOM: usize = 64;
+
 /// What waits to be written.
 #[derive(Debug, Default)]
 pub(super) struct Inbox {
@@ -329,6 +332,10 @@ impl Inbox {
             let tried =
                 self.kept.iter().min_by_key(|(id, job)| (job.waiting.tries.count, **id)).map(|(id, _)| *id);
             batch.jobs.extend(tried.and_then(|id| self.kept.remove(&id)));
+        }
+        // What a storm needed is given back: a job is large, and idle agents send few.
+        if self.jobs.capacity() > LEAST_ROOM.max(4 * self.jobs.len()) {
+            self.jobs.shrink_to(LEAST_ROOM.max(2 * self.jobs.len()));
         }
         batch.jobs
     }
@@ -584,6 +591,18 @@ mod tests {
         let again = batch.into_iter().find(|job| job.write.stage() == 2).unwrap();
         assert!(inbox.put_back(again, &away(), true, 0).is_none());
         assert!(matches!(waits.try_recv(), Ok(Reply::Failed(_))), "twice is enough");
+    }
+
+    #[test]
+    fn the_room_a_storm_needed_is_given_back() {
+        let (mut inbox, one) = (Inbox::default(), connection(1));
+        for _ in 0..1_000 {
+            inbox.push(end(&one).0);
+        }
+        while inbox.len() > 0 {
+            inbox.take_batch(10);
+        }
+        assert!(inbox.jobs.capacity() <= LEAST_ROOM, "{}", inbox.jobs.capacity());
     }
 
     #[test]
