@@ -14,7 +14,7 @@ use super::error::{ApiError, BadRequest, OtherForm, Refusals, UnknownAgent};
 use super::export::{Representation, Table, document, export};
 use super::page::{ConnectionPageQuery, HistoryPageQuery, Params};
 use super::past::{TimeQuery, observer, span_of};
-use super::stream::{BATCH, Source};
+use super::stream::{BATCH, Batch, Source};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::store::{
@@ -76,7 +76,7 @@ pub(super) async fn history(
     state.store.get_agent_row(agent).await?.ok_or(ApiError::NoSuchAgent(agent))?;
     let Some(page) = page else {
         let store = Arc::clone(&state.store);
-        return export(form, Connections { store, agent, filter, after: None, ended: false }).await;
+        return export(form, Connections { store, agent, filter, after: None }).await;
     };
     let page = state.store.list_connection_history(agent, filter, page).await?;
     let last = page.items.last().filter(|_| page.more);
@@ -110,7 +110,6 @@ struct Connections {
     agent: InstanceUid,
     filter: HistoryFilter,
     after: Option<i64>,
-    ended: bool,
 }
 
 impl Table for Connections {
@@ -120,15 +119,11 @@ impl Table for Connections {
 impl Source for Connections {
     type Item = ConnectionRow;
 
-    async fn next(&mut self) -> Result<Vec<ConnectionRow>, StoreError> {
-        if self.ended {
-            return Ok(Vec::new());
-        }
+    async fn next(&mut self) -> Result<Batch<ConnectionRow>, StoreError> {
         let page = PageRequest { after: self.after, limit: BATCH };
         let rows = self.store.next_connections(self.agent, self.filter, page).await?;
         self.after = rows.last().map(|row| row.id);
-        self.ended = rows.len() < BATCH as usize;
-        Ok(rows)
+        Ok(Batch::of_page(rows))
     }
 }
 
@@ -171,7 +166,7 @@ pub(super) async fn history_of_all(
     }
     let Some(page) = page else {
         let store = Arc::clone(&state.store);
-        return export(form, ConnectionsOfAll { store, span, after: None, ended: false }).await;
+        return export(form, ConnectionsOfAll { store, span, after: None }).await;
     };
     let mut rows = state.store.next_connections_of_all(span, page.after, page.limit + 1).await?;
     let more = rows.len() > page.limit as usize;
@@ -190,7 +185,6 @@ struct ConnectionsOfAll {
     store: Arc<dyn Store>,
     span: Span,
     after: Option<StayPlace>,
-    ended: bool,
 }
 
 impl Table for ConnectionsOfAll {
@@ -200,14 +194,10 @@ impl Table for ConnectionsOfAll {
 impl Source for ConnectionsOfAll {
     type Item = ConnectionRow;
 
-    async fn next(&mut self) -> Result<Vec<ConnectionRow>, StoreError> {
-        if self.ended {
-            return Ok(Vec::new());
-        }
+    async fn next(&mut self) -> Result<Batch<ConnectionRow>, StoreError> {
         let rows = self.store.next_connections_of_all(self.span, self.after, BATCH).await?;
         self.after = rows.last().map(place_of);
-        self.ended = rows.len() < BATCH as usize;
-        Ok(rows)
+        Ok(Batch::of_page(rows))
     }
 }
 

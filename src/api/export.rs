@@ -103,7 +103,7 @@ pub(super) async fn export<S: Table>(form: Representation, source: S) -> Result<
     }
     let body = stream_all("an export", source, move |batch, text| {
         text.append(&mut head);
-        batch.iter().try_for_each(|item| write_line::<S>(form, text, item))
+        batch.items.iter().try_for_each(|item| write_line::<S>(form, text, item))
     });
     let body = body.await?;
     let kind = match form {

@@ -12,7 +12,7 @@ use utoipa::ToSchema;
 use super::ApiState;
 use super::error::{ApiError, BadRequest, Refusals};
 use super::page::Params;
-use super::stream::{BATCH, Source, stream_all};
+use super::stream::{BATCH, Batch, Source, stream_all};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::store::{AgentFilter, AgentRow, PageRequest, Status, Store, StoreError};
@@ -22,16 +22,16 @@ pub(super) const PATH: &str = "/api/agent/nodes";
 
 /// An agent as services see it.
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct NodeItem {
+pub(super) struct NodeItem<'a> {
     /// The instance uid.
     #[schema(value_type = uuid::Uuid)]
     id: InstanceUid,
     /// `service.name`.
     #[schema(example = "edge-gateway")]
-    name: Option<String>,
+    name: Option<&'a str>,
     /// The groups it says it belongs to.
     #[schema(value_type = Vec<String>)]
-    groups: Value,
+    groups: &'a Value,
     /// What it says of its health; null until it says so.
     healthy: Option<bool>,
     /// The verdict.
@@ -42,24 +42,24 @@ pub(super) struct NodeItem {
     /// Its attribute `clients_count`, else 0.
     clients_count: i32,
     /// Hex hash of the last remote config it reported as applied.
-    sync_revision: Option<String>,
+    sync_revision: Option<&'a str>,
     /// Peer address and port of the open connection; null while it is not connected.
     #[schema(example = "10.0.4.17:51034")]
-    address: Option<String>,
+    address: Option<&'a str>,
 }
 
-impl From<AgentRow> for NodeItem {
-    fn from(row: AgentRow) -> Self {
+impl<'a> From<&'a AgentRow> for NodeItem<'a> {
+    fn from(row: &'a AgentRow) -> Self {
         Self {
             id: row.id,
-            name: row.name,
-            groups: row.groups,
+            name: row.name.as_deref(),
+            groups: &row.groups,
             healthy: row.healthy,
             status: row.status,
             last_heartbeat: row.last_seen_at,
             clients_count: row.clients_count,
-            sync_revision: row.sync_revision,
-            address: row.remote_addr,
+            sync_revision: row.sync_revision.as_deref(),
+            address: row.remote_addr.as_deref(),
         }
     }
 }
@@ -70,19 +70,18 @@ impl From<AgentRow> for NodeItem {
 /// closed is incomplete: the store failed while it was read.
 #[utoipa::path(get, path = "/api/agent/nodes", tag = "agents",
     security(("bearer" = []), ("service_token" = [])),
-    responses((status = 200, description = "All agents", body = Vec<NodeItem>), BadRequest, Refusals))]
+    responses((status = 200, description = "All agents", body = Vec<NodeItem<'_>>), BadRequest, Refusals))]
 pub(super) async fn list(State(state): State<ApiState>, params: Params) -> Result<Response, ApiError> {
     params.finish()?;
-    let fleet = Fleet { store: state.store, after: None, ended: false };
+    let fleet = Fleet { store: state.store, after: None };
     let mut separator = b'[';
-    let body = stream_all("a list of all agents", fleet, move |rows, text| {
-        let ended = rows.is_empty();
-        for row in rows {
+    let body = stream_all("a list of all agents", fleet, move |batch, text| {
+        for row in &batch.items {
             text.push(separator);
             separator = b',';
             serde_json::to_writer(&mut *text, &NodeItem::from(row))?;
         }
-        if ended {
+        if !batch.more {
             text.extend(if separator == b'[' { &b"[]"[..] } else { b"]" });
         }
         Ok(())
@@ -95,20 +94,15 @@ pub(super) async fn list(State(state): State<ApiState>, params: Params) -> Resul
 struct Fleet {
     store: Arc<dyn Store>,
     after: Option<InstanceUid>,
-    ended: bool,
 }
 
 impl Source for Fleet {
     type Item = AgentRow;
 
-    async fn next(&mut self) -> Result<Vec<AgentRow>, StoreError> {
-        if self.ended {
-            return Ok(Vec::new());
-        }
+    async fn next(&mut self) -> Result<Batch<AgentRow>, StoreError> {
         let page = PageRequest { after: self.after, limit: BATCH };
         let rows = self.store.next_agents(&AgentFilter::default(), page).await?;
         self.after = rows.last().map(|row| row.id);
-        self.ended = rows.len() < BATCH as usize;
-        Ok(rows)
+        Ok(Batch::of_page(rows))
     }
 }

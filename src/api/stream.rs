@@ -15,19 +15,33 @@ use crate::store::StoreError;
 /// How many items a batch has.
 pub(super) const BATCH: u32 = 1_000;
 
+/// The next items of a source.
+pub(super) struct Batch<T> {
+    pub(super) items: Vec<T>,
+    /// True where there are, or may be, more after these.
+    pub(super) more: bool,
+}
+
+impl<T> Batch<T> {
+    /// What was read with a limit of [`BATCH`].
+    pub(super) fn of_page(items: Vec<T>) -> Self {
+        Self { more: items.len() >= BATCH as usize, items }
+    }
+}
+
 /// Where items come from.
 pub(super) trait Source: Send + 'static {
     /// One of them.
     type Item: Send;
-    /// The next ones; an empty batch is the end.
-    fn next(&mut self) -> impl Future<Output = Result<Vec<Self::Item>, StoreError>> + Send;
+    /// The next ones; nobody asks for more where there are none.
+    fn next(&mut self) -> impl Future<Output = Result<Batch<Self::Item>, StoreError>> + Send;
 }
 
-/// A body of everything that a source has. `write` turns each batch into text, the empty one at the end as well.
+/// A body of everything that a source has; `write` turns each batch into text.
 pub(super) async fn stream_all<S: Source>(
     what: &'static str,
     mut source: S,
-    write: impl FnMut(Vec<S::Item>, &mut Vec<u8>) -> Result<(), serde_json::Error> + Send + 'static,
+    write: impl FnMut(&Batch<S::Item>, &mut Vec<u8>) -> Result<(), serde_json::Error> + Send + 'static,
 ) -> Result<Body, ApiError> {
     // Before the answer begins, a failure still has a status of its own.
     let first = source.next().await?;
@@ -44,10 +58,9 @@ pub(super) async fn stream_all<S: Source>(
             tokio::task::yield_now().await;
         }
         let batch = read?;
-        let ended = batch.is_empty();
         let mut text = Vec::new();
-        write(batch, &mut text)?;
-        Ok::<_, BoxError>(Some((Bytes::from(text), (!ended).then_some((source, None, write)))))
+        write(&batch, &mut text)?;
+        Ok::<_, BoxError>(Some((Bytes::from(text), batch.more.then_some((source, None, write)))))
     });
     Ok(Body::from_stream(body))
 }

@@ -15,7 +15,7 @@ use super::error::{ApiError, BadRequest, OtherForm, Refusals, UnknownAgent};
 use super::export::{Representation, Table, document, export};
 use super::page::Params;
 use super::past::{TimeQuery, observer, read_span, refuse_forgotten};
-use super::stream::{BATCH, Source};
+use super::stream::{BATCH, Batch, Source};
 use crate::agent::InstanceUid;
 use crate::clock::{Moment, micros};
 use crate::store::{MOST_ROWS, Observer, Span, Stay, Store, StoreError};
@@ -79,15 +79,15 @@ pub(super) async fn of_agent(
     }
     let mut told = Vec::new();
     loop {
-        let next = source.next().await?;
-        if next.is_empty() {
-            return Ok(document(AgentTimeline { from: span.from, to: span.to, intervals: told }));
-        }
-        told.extend(next);
+        let batch = source.next().await?;
+        told.extend(batch.items);
         if told.len() > MOST_INTERVALS {
             let cure = "a shorter span, or Accept: application/x-ndjson";
             let text = format!("the span has more than {MOST_INTERVALS} intervals: ask for {cure}");
             return Err(ApiError::bad("from", text));
+        }
+        if !batch.more {
+            return Ok(document(AgentTimeline { from: span.from, to: span.to, intervals: told }));
         }
     }
 }
@@ -118,7 +118,7 @@ impl Table for Intervals {
 impl Source for Intervals {
     type Item = Interval;
 
-    async fn next(&mut self) -> Result<Vec<Interval>, StoreError> {
+    async fn next(&mut self) -> Result<Batch<Interval>, StoreError> {
         while self.span.from < self.span.to {
             let after = self.last.as_ref().map(|stay| (stay.connected_at, stay.id));
             let page = self.store.list_stays(self.agent, self.span, after, BATCH, self.observer).await?;
@@ -133,11 +133,11 @@ impl Source for Intervals {
             if let Some(last) = self.pending.pop() {
                 let told = std::mem::replace(&mut self.pending, vec![last]);
                 if !told.is_empty() {
-                    return Ok(told);
+                    return Ok(Batch { items: told, more: true });
                 }
             }
         }
-        Ok(std::mem::take(&mut self.pending))
+        Ok(Batch { items: std::mem::take(&mut self.pending), more: false })
     }
 }
 
