@@ -280,17 +280,14 @@ impl AgentState {
 
     /// This state after a report with this number that was not taken: everything is asked for once more.
     #[must_use]
-    pub fn past(self, number: u64) -> Self {
+    pub fn past(mut self, number: u64) -> Self {
+        self.forget();
         Self {
             number: Some(number),
-            known_agent: true,
-            stale: true,
             broken: false,
-            fresh: PartSet::default(),
-            digests: [None; Part::ALL.len()],
+            stale: true,
+            fresh: PartSet::EMPTY,
             last_report: None,
-            rival: None,
-            swaps: 0,
             ..self
         }
     }
