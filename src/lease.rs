@@ -180,7 +180,7 @@ impl Watching {
         let listed: BTreeSet<Uuid> = peers.iter().map(|peer| peer.id).collect();
         self.lost.retain(|id| listed.contains(id));
         self.there = &listed - &self.lost;
-        self.peers.retain(|id, _| peers.iter().any(|peer| peer.id == *id));
+        self.peers.retain(|id, _| listed.contains(id));
         let lost = |peer: &Peer| {
             let seen = || Seen { renewal: peer.renewed_at, since: now, lease: peer.lease };
             let known = self.peers.entry(peer.id).or_insert_with(seen);
@@ -190,9 +190,9 @@ impl Watching {
             now.since(known.since) >= self.length.max(peer.lease)
         };
         let lost: Vec<Peer> = peers.into_iter().filter(lost).collect();
-        // Whoever is still there after another whole lease is reported once more.
-        self.peers.retain(|id, _| lost.iter().all(|peer| peer.id != *id));
         for peer in &lost {
+            // Whoever is still there after another whole lease is reported once more.
+            self.peers.remove(&peer.id);
             self.there.remove(&peer.id);
             self.lost.insert(peer.id);
         }
