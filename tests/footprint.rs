@@ -7,14 +7,15 @@
 #![expect(clippy::print_stdout, reason = "the figures are the point")]
 #![expect(clippy::cast_precision_loss, reason = "counts stay far below 2^52")]
 
-use std::process::Stdio;
+#[path = "integration/harness/swarm.rs"]
+mod swarm;
+
 use std::time::Duration;
 
 use opamp_server::config::{Config, Secret};
 use opamp_server::server::Server;
 use stats_alloc::{INSTRUMENTED_SYSTEM, Stats, StatsAlloc};
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
-use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use swarm::Swarm;
 
 #[global_allocator]
 static ALLOCATOR: &StatsAlloc<std::alloc::System> = &INSTRUMENTED_SYSTEM;
@@ -30,47 +31,6 @@ const BYTES_PER_IDLE_AGENT: f64 = 6_144.0;
 
 /// The most allocations and reallocations one heartbeat may cause, its answer included. Measured: 4.00.
 const ALLOCATIONS_PER_HEARTBEAT: f64 = 4.2;
-
-/// A fleet in a process of its own, told what to do line by line.
-struct Fleet {
-    child: Child,
-    orders: ChildStdin,
-    events: Lines<BufReader<ChildStdout>>,
-}
-
-impl Fleet {
-    fn start(url: &str) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_opamp-swarm"))
-            .args(["--url", url, "--control", "--connect-rate", "0", "--interval", "0s"])
-            .args(["--report-bytes", "2048", "--agents", &AGENTS.to_string()])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .expect("the swarm starts");
-        let orders = child.stdin.take().expect("stdin is piped");
-        let events = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
-        Self { child, orders, events }
-    }
-
-    /// Waits for an event.
-    async fn event(&mut self, name: &str) -> serde_json::Value {
-        let waiting = async {
-            while let Some(line) = self.events.next_line().await.expect("the swarm writes lines") {
-                let event: serde_json::Value = serde_json::from_str(&line).expect("each line is JSON");
-                if event["event"] == name {
-                    return event;
-                }
-            }
-            panic!("the swarm ended before it said {name}");
-        };
-        tokio::time::timeout(Duration::from_mins(1), waiting).await.expect("the swarm answers in time")
-    }
-
-    async fn order(&mut self, order: &str) {
-        self.orders.write_all(format!("{order}\n").as_bytes()).await.expect("the swarm takes orders");
-    }
-}
 
 fn in_use(stats: &Stats) -> f64 {
     stats.bytes_allocated as f64 - stats.bytes_deallocated as f64
@@ -99,7 +59,8 @@ async fn an_idle_agent_and_a_heartbeat_stay_within_their_bounds() {
     }));
 
     let before = in_use(&ALLOCATOR.stats());
-    let mut fleet = Fleet::start(&url);
+    let agents = AGENTS.to_string();
+    let mut fleet = Swarm::start(&url, &["--interval", "0s", "--report-bytes", "2048", "--agents", &agents]);
     fleet.event("connected").await;
     let idle = (in_use(&ALLOCATOR.stats()) - before) / f64::from(AGENTS);
 
@@ -118,8 +79,7 @@ async fn an_idle_agent_and_a_heartbeat_stay_within_their_bounds() {
     assert!(idle <= BYTES_PER_IDLE_AGENT, "{idle:.0} bytes per idle agent");
     assert!(per_heartbeat <= ALLOCATIONS_PER_HEARTBEAT, "{per_heartbeat:.2} allocations per heartbeat");
 
-    fleet.order("quit").await;
-    fleet.child.wait().await.expect("the swarm ends");
+    fleet.quit().await;
     drop(stop);
     let ended = running.join_next().await.expect("the server was started");
     ended.expect("the server does not panic").expect("the server stops in an orderly way");

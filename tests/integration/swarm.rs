@@ -2,70 +2,16 @@
 
 #![expect(clippy::expect_used, reason = "in a test a panic with a sentence is the report")]
 
-use std::process::Stdio;
 use std::time::Duration;
 
-use serde_json::Value;
-use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
-use tokio::process::{Child, ChildStdin, ChildStdout, Command};
+use crate::harness::server::{TestServer, eventually};
+use crate::harness::swarm::Swarm;
 
-use crate::harness::server::{SOON, TestServer, eventually};
-
-/// A fleet in a process of its own that obeys until it is told to quit.
-struct Swarm {
-    child: Child,
-    orders: ChildStdin,
-    events: Lines<BufReader<ChildStdout>>,
-}
-
-impl Swarm {
-    /// The agents connect to `url` all at once.
-    fn start(url: &str, options: &[&str]) -> Self {
-        let mut child = Command::new(env!("CARGO_BIN_EXE_opamp-swarm"))
-            .args(["--url", url, "--control", "--connect-rate", "0", "--redial-pause", "50ms"])
-            .args(options)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .expect("the swarm starts");
-        let orders = child.stdin.take().expect("stdin is piped");
-        let events = BufReader::new(child.stdout.take().expect("stdout is piped")).lines();
-        Self { child, orders, events }
-    }
-
-    /// A fleet over WebSockets whose first reports were all answered.
-    async fn connected(server: &TestServer, options: &[&str]) -> Self {
-        let mut swarm = Self::start(&format!("ws://{}/v1/opamp", server.agents), options);
-        swarm.event("connected").await;
-        swarm
-    }
-
-    /// Waits for an event.
-    async fn event(&mut self, name: &str) -> Value {
-        let waiting = async {
-            while let Some(line) = self.events.next_line().await.expect("the swarm writes lines") {
-                let event: Value = serde_json::from_str(&line).expect("each line is JSON");
-                if event["event"] == name {
-                    return event;
-                }
-            }
-            panic!("the swarm ended before it said {name}");
-        };
-        tokio::time::timeout(SOON, waiting).await.unwrap_or_else(|_| panic!("no {name} in {SOON:?}"))
-    }
-
-    async fn order(&mut self, order: &str) {
-        self.orders.write_all(format!("{order}\n").as_bytes()).await.expect("the swarm takes orders");
-    }
-
-    /// Lets the fleet go home; what it has seen.
-    async fn quit(mut self) -> Value {
-        self.order("quit").await;
-        let result = self.event("result").await;
-        assert!(self.child.wait().await.expect("it is ours").success(), "{result}");
-        result
-    }
+/// A fleet over WebSockets whose first reports were all answered.
+async fn connected(server: &TestServer, options: &[&str]) -> Swarm {
+    let mut swarm = Swarm::start(&format!("ws://{}/v1/opamp", server.agents), options);
+    swarm.event("connected").await;
+    swarm
 }
 
 /// How many agents a summary counts under `key`.
@@ -86,8 +32,7 @@ async fn farewells(server: &TestServer, wanted: f64) {
 #[tokio::test]
 async fn a_silent_share_is_told_by_its_silence_and_nobody_else_is() {
     let server = TestServer::with(|config| config.heartbeat.timeout = Duration::from_secs(1)).await;
-    let swarm =
-        Swarm::connected(&server, &["--agents", "40", "--interval", "200ms", "--silence", "10"]).await;
+    let swarm = connected(&server, &["--agents", "40", "--interval", "200ms", "--silence", "10"]).await;
     eventually("the silent ones are offline", async || {
         (counted(&server, "offline").await == 4).then_some(())
     })
@@ -104,7 +49,7 @@ async fn a_silent_share_is_told_by_its_silence_and_nobody_else_is() {
 async fn changes_of_health_reach_the_store() {
     let server = TestServer::fresh().await;
     // Each agent once in 400 ms on average.
-    let swarm = Swarm::connected(&server, &["--agents", "20", "--health-change-rate", "50"]).await;
+    let swarm = connected(&server, &["--agents", "20", "--health-change-rate", "50"]).await;
     eventually("somebody is unhealthy", async || (counted(&server, "unhealthy").await > 0).then_some(()))
         .await;
     let result = swarm.quit().await;
@@ -116,7 +61,7 @@ async fn changes_of_health_reach_the_store() {
 #[tokio::test]
 async fn who_restarts_has_one_connection_after_the_other() {
     let server = TestServer::fresh().await;
-    let swarm = Swarm::connected(&server, &["--agents", "10", "--churn", "20"]).await;
+    let swarm = connected(&server, &["--agents", "10", "--churn", "20"]).await;
     eventually("there were twice as many connections as agents", async || {
         let opened = server.metrics().await.value("opamp_connections_opened_total{transport=\"websocket\"}");
         (opened > 19.5).then_some(())
@@ -133,7 +78,7 @@ async fn who_restarts_has_one_connection_after_the_other() {
 #[tokio::test]
 async fn agents_share_links() {
     let server = TestServer::fresh().await;
-    let mut swarm = Swarm::connected(&server, &["--agents", "50", "--multiplex", "20"]).await;
+    let mut swarm = connected(&server, &["--agents", "50", "--multiplex", "20"]).await;
     assert_eq!(counted(&server, "connected").await, 50);
     assert!((server.metrics().await.value("opamp_links_open") - 3.0).abs() < 0.5, "two full ones and a rest");
     swarm.order("beat 5").await;
@@ -164,7 +109,7 @@ async fn packed_polls_are_answered() {
 async fn a_slow_reader_is_waited_for() {
     let server = TestServer::with(|config| config.heartbeat.timeout = Duration::from_secs(2)).await;
     let mut swarm =
-        Swarm::connected(&server, &["--agents", "4", "--slow-readers", "50", "--interval", "500ms"]).await;
+        connected(&server, &["--agents", "4", "--slow-readers", "50", "--interval", "500ms"]).await;
     // The two others answer at once, these within their ten seconds.
     swarm.order("beat 1").await;
     let beaten = swarm.event("beaten").await;
@@ -178,7 +123,7 @@ async fn a_slow_reader_is_waited_for() {
 #[tokio::test]
 async fn it_is_told_when_everybody_is_back() {
     let server = TestServer::fresh().await;
-    let mut swarm = Swarm::connected(&server, &["--agents", "5"]).await;
+    let mut swarm = connected(&server, &["--agents", "5"]).await;
     let page = server.read("/api/v1/agents?limit=1").await;
     let agent = page["agents"][0]["id"].as_str().expect("an agent");
     let answer = server.ask("POST", &format!("/api/v1/agents/{agent}/reconnect"), &[]).await;

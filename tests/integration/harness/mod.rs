@@ -8,6 +8,7 @@ pub(crate) mod http;
 mod postgres;
 mod raw;
 pub(crate) mod server;
+pub(crate) mod swarm;
 
 use std::sync::Arc;
 
