@@ -90,6 +90,9 @@ pub(super) trait Dialect: Database {
     /// An expression of type text whose order is that of its bytes.
     fn sorted_by_bytes(text: &str) -> String;
 
+    /// How many rows a statement changed.
+    fn affected(done: &Self::QueryResult) -> u64;
+
     /// What a database error means to the caller.
     fn classify(error: &dyn sqlx::error::DatabaseError) -> StoreError;
 }
@@ -162,6 +165,10 @@ impl Dialect for Postgres {
         format!("{text} COLLATE \"C\"")
     }
 
+    fn affected(done: &Self::QueryResult) -> u64 {
+        done.rows_affected()
+    }
+
     fn classify(error: &dyn sqlx::error::DatabaseError) -> StoreError {
         let code = error.code().unwrap_or_default();
         match code.as_ref() {
@@ -231,6 +238,10 @@ impl Dialect for Sqlite {
 
     fn sorted_by_bytes(text: &str) -> String {
         text.to_owned()
+    }
+
+    fn affected(done: &Self::QueryResult) -> u64 {
+        done.rows_affected()
     }
 
     fn classify(error: &dyn sqlx::error::DatabaseError) -> StoreError {

@@ -101,7 +101,6 @@ where
     for<'q> i64: Encode<'q, D> + Decode<'q, D> + Type<D>,
     for<'q> Uuid: Encode<'q, D> + Decode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Decode<'q, D> + Type<D>,
-    D::QueryResult: super::agents::Affected,
 {
     async fn now(&self) -> Result<Moment, StoreError> {
         bounded(async {
@@ -290,7 +289,6 @@ where
     for<'q> i64: Encode<'q, D> + Type<D>,
     for<'q> Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
-    D::QueryResult: super::agents::Affected,
 {
     async fn start(&self, node: &NewNode) -> Result<NodeStart, StoreError> {
         let mut tx = self.begin().await?;
@@ -428,7 +426,6 @@ where
         heir: &Heir,
         alone: bool,
     ) -> Result<u64, StoreError> {
-        use super::agents::Affected as _;
         let (least, greatest) = (D::LEAST, D::GREATEST);
         let proof = format!(
             "{greatest}(c.connected_at, {least}($1, coalesce((SELECT l.last_seen_at FROM agent_liveness l
@@ -466,7 +463,7 @@ where
             .execute(&mut **tx)
             .await
             .map_err(failure::<D>)?;
-        Ok(ended.affected())
+        Ok(D::affected(&ended))
     }
 
     /// A node that was lost before it closed the connection of a deleted agent closed it by being lost.

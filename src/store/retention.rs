@@ -8,7 +8,6 @@ use serde_json::{Value, json};
 use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, Type};
 use uuid::Uuid;
 
-use super::agents::Affected;
 use super::dialect::{Column, Dialect, SqlStore, batch, bounded, failure, rows, sql};
 use super::{RetentionStore, StoreError};
 use crate::clock::Moment;
@@ -56,7 +55,6 @@ where
     for<'q> String: Encode<'q, D> + Type<D>,
     for<'q> Uuid: Decode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
-    D::QueryResult: Affected,
 {
     async fn forget(&self, before: Moment) -> Result<Forgotten, StoreError> {
         bounded(async {
@@ -70,9 +68,9 @@ where
             // A row also says until when nobody knew: it goes once that lies before as well.
             let known = "AND (t.disconnected_by IS NULL OR t.disconnected_by < $1)";
             let query = sqlx::query(forget("agent_connection_history", "disconnected_at", known)).bind(before);
-            let connections = query.execute(&mut *tx).await.map_err(failure::<D>)?.affected();
+            let connections = D::affected(&query.execute(&mut *tx).await.map_err(failure::<D>)?);
             let query = sqlx::query(forget("agent_status_log", "at", "")).bind(before);
-            let transitions = query.execute(&mut *tx).await.map_err(failure::<D>)?.affected();
+            let transitions = D::affected(&query.execute(&mut *tx).await.map_err(failure::<D>)?);
             let text = format!(
                 "SELECT a.id FROM agents a WHERE a.status = 'retired' AND a.retired_at < $1 AND a.connection_id IS NULL
                      AND NOT EXISTS (SELECT 1 FROM agent_connection_history c WHERE c.agent_id = a.id)

@@ -10,11 +10,12 @@ use uuid::Uuid;
 
 use super::*;
 use crate::agent::InstanceUid;
+use crate::burden::Share;
 use crate::clock::{Clock, Rate};
 use crate::heartbeat::HeartbeatMonitor;
 use crate::history::History;
 use crate::outage::Outage;
-use crate::proto::AgentDescription;
+use crate::proto::{AgentDescription, AgentToServer};
 use crate::pulse::Expectations;
 use crate::session::QUESTIONS_PER_SECOND;
 use crate::session::hub::Hub;
@@ -140,20 +141,9 @@ async fn link_to(
     let socket = Faulty { socket: near, panics: Arc::clone(&panics) };
     let (admission, link) = (admission(), Arc::new(Link::heard_at(services.clock.tick())));
     let place = Admission::take_place(&admission, &link).unwrap();
-    let agents = Agents {
-        services: Arc::clone(services),
-        admission,
-        origin: Origin {
-            transport: Transport::Websocket,
-            remote_addr: std::net::SocketAddr::from(([127, 0, 0, 1], 1)),
-            link,
-        },
-        sessions: Vec::new(),
-        speaker: None,
-        malformed: 0,
-        lonely_since: None,
-        curious: false,
-    };
+    let remote_addr = std::net::SocketAddr::from(([127, 0, 0, 1], 1));
+    let origin = Origin { transport: Transport::Websocket, remote_addr, link };
+    let agents = Agents::new(Arc::clone(services), admission, origin);
     let socket = WebSocketStream::from_raw_socket(socket, Role::Server, None).await;
     let task = Box::new(LinkTask { socket, agents, _place: place }).run();
     (panics, task, WebSocketStream::from_raw_socket(far, Role::Client, None).await)

@@ -1,5 +1,7 @@
 //! Agents: reading their records and lists, their signs of life, and the verdicts that time brings.
 
+mod statements;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -10,6 +12,8 @@ use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, QueryB
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use self::statements::{DETAIL, JOINED, ROW};
+pub(super) use self::statements::{NEXT_OVERDUE, count_agents, from_matching, select_agents};
 use super::dialect::{Column, Dialect, SqlStore, batch, bounded, failure, rows, sql};
 use super::status_log::{Transition, log_row};
 use super::write::stored_number;
@@ -179,25 +183,6 @@ pub struct Sighting {
     pub poll_silence: Option<Duration>,
 }
 
-const ROW: &str = "a.id, a.name, a.host, a.status, a.status_since, a.offline_at, a.connection_id, c.transport,
-    c.remote_addr, a.healthy, a.groups, a.clients_count, a.sync_revision, a.ephemeral, l.last_seen_at, l.poll_silence_ms,
-    a.last_connected_at, a.last_disconnected_at, a.disconnect_reason, a.previous_id, a.retired_at, a.created_at,
-    a.updated_at";
-
-const JOINED: &str = " FROM agents a LEFT JOIN agent_liveness l ON l.agent_id = a.id
-    LEFT JOIN agent_connection_history c ON c.id = a.connection_id";
-
-const LIVENESS: &str = " LEFT JOIN agent_liveness l ON l.agent_id = a.id";
-
-const CONNECTION: &str = " LEFT JOIN agent_connection_history c ON c.id = a.connection_id";
-
-const DETAIL: &str = ", a.capabilities, a.description, a.health, a.effective_config, a.remote_config_status,
-    a.package_statuses, a.custom_capabilities, a.components_hash, a.connection_settings_status, l.sequence_num,
-    (SELECT i.components FROM component_inventories i WHERE i.hash = a.components_hash) AS components";
-
-/// The query for the moment of the next pending verdict.
-pub(super) const NEXT_OVERDUE: &str = "SELECT min(offline_at) FROM agents WHERE offline_at IS NOT NULL";
-
 /// The most agents whose status one transaction changes.
 const VERDICTS_PER_COMMIT: i64 = 1_000;
 
@@ -220,7 +205,6 @@ where
     for<'q> i64: Encode<'q, D> + Decode<'q, D> + Type<D>,
     for<'q> Uuid: Encode<'q, D> + Decode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Decode<'q, D> + Type<D>,
-    D::QueryResult: Affected,
 {
     async fn get_agent(&self, agent: InstanceUid) -> Result<Option<AgentDetail>, StoreError> {
         let mut query = QueryBuilder::<D>::new("SELECT ");
@@ -321,7 +305,7 @@ where
                 .execute(&self.writers)
                 .await
                 .map_err(failure::<D>)?;
-            Ok(done.affected())
+            Ok(D::affected(&done))
         })
         .await
     }
@@ -429,70 +413,6 @@ where
     }
 }
 
-/// Adds the query for the number of agents that match.
-pub(super) fn count_agents<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter)
-where
-    D: Dialect,
-    for<'q> String: Encode<'q, D> + Type<D>,
-    for<'q> &'q str: Encode<'q, D> + Type<D>,
-    for<'q> bool: Encode<'q, D> + Type<D>,
-    for<'q> Uuid: Encode<'q, D> + Type<D>,
-    for<'q> Moment: Encode<'q, D> + Type<D>,
-{
-    query.push("SELECT count(*)");
-    from_matching(query, filter);
-}
-
-/// Adds the query for the next agents that match, by id.
-pub(super) fn select_agents<D>(
-    query: &mut QueryBuilder<D>,
-    filter: &AgentFilter,
-    page: PageRequest<InstanceUid>,
-) where
-    D: Dialect,
-    for<'q> String: Encode<'q, D> + Type<D>,
-    for<'q> &'q str: Encode<'q, D> + Type<D>,
-    for<'q> bool: Encode<'q, D> + Type<D>,
-    for<'q> i64: Encode<'q, D> + Type<D>,
-    for<'q> Uuid: Encode<'q, D> + Type<D>,
-    for<'q> Moment: Encode<'q, D> + Type<D>,
-{
-    query.push("SELECT ").push(ROW);
-    if D::PAGE_FIRST {
-        query.push(" FROM (SELECT a.id");
-        from_matching(query, filter);
-    } else {
-        query.push(" FROM agents a").push(LIVENESS).push(CONNECTION).push(" WHERE true");
-        narrow(query, filter, true);
-    }
-    if let Some(after) = page.after {
-        query.push(" AND a.id > ").push_bind(after.as_uuid());
-    }
-    query.push(" ORDER BY a.id LIMIT ").push_bind(i64::from(page.limit));
-    if D::PAGE_FIRST {
-        query.push(") page JOIN agents a ON a.id = page.id").push(LIVENESS).push(CONNECTION);
-        query.push(" ORDER BY a.id");
-    }
-}
-
-/// How many rows a statement changed.
-pub(super) trait Affected {
-    /// That number.
-    fn affected(&self) -> u64;
-}
-
-impl Affected for sqlx::postgres::PgQueryResult {
-    fn affected(&self) -> u64 {
-        self.rows_affected()
-    }
-}
-
-impl Affected for sqlx::sqlite::SqliteQueryResult {
-    fn affected(&self) -> u64 {
-        self.rows_affected()
-    }
-}
-
 impl<D> SqlStore<D>
 where
     D: Dialect,
@@ -548,132 +468,5 @@ where
                 return Ok(changes);
             }
         }
-    }
-}
-
-/// Adds the agents that match, joined with nothing but what `filter` looks at.
-pub(super) fn from_matching<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter)
-where
-    D: Dialect,
-    for<'q> String: Encode<'q, D> + Type<D>,
-    for<'q> &'q str: Encode<'q, D> + Type<D>,
-    for<'q> bool: Encode<'q, D> + Type<D>,
-    for<'q> Uuid: Encode<'q, D> + Type<D>,
-    for<'q> Moment: Encode<'q, D> + Type<D>,
-{
-    query.push(" FROM agents a");
-    if filter.unseen_since.is_some() {
-        query.push(LIVENESS);
-    }
-    query.push(" WHERE true");
-    narrow(query, filter, false);
-}
-
-/// Adds the conditions of `filter`; `walked` where the connection is joined and the rows are met one by one.
-fn narrow<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter, walked: bool)
-where
-    D: Dialect,
-    for<'q> String: Encode<'q, D> + Type<D>,
-    for<'q> &'q str: Encode<'q, D> + Type<D>,
-    for<'q> bool: Encode<'q, D> + Type<D>,
-    for<'q> Uuid: Encode<'q, D> + Type<D>,
-    for<'q> Moment: Encode<'q, D> + Type<D>,
-{
-    if let Some(id) = filter.id {
-        query.push(" AND a.id = ").push_bind(id.as_uuid());
-    }
-    if !filter.statuses.is_empty() {
-        let mut list = query.push(" AND a.status IN (").separated(", ");
-        for status in &filter.statuses {
-            list.push_bind(status.label());
-        }
-        query.push(")");
-    } else if !filter.include_retired {
-        query.push(" AND a.status IN ('online', 'offline', 'error')");
-    }
-    if let Some(connected) = filter.connected {
-        query.push(if connected {
-            " AND a.connection_id IS NOT NULL"
-        } else {
-            " AND a.connection_id IS NULL"
-        });
-    }
-    if let Some(healthy) = filter.healthy {
-        query.push(" AND a.healthy = ").push_bind(healthy);
-    }
-    if let Some(transport) = filter.transport {
-        query.push(" AND a.connection_id IS NOT NULL AND ").push(if walked {
-            "(c.transport = "
-        } else {
-            "a.id IN (SELECT o.agent_id FROM agent_connection_history o WHERE o.disconnected_at IS NULL AND o.transport = "
-        });
-        query.push_bind(transport.label()).push(")");
-    }
-    for (key, value) in &filter.attributes {
-        query.push(" AND ").push(D::LOOK_THROUGH);
-        query
-            .push("a.id IN (SELECT t.agent_id FROM agent_attributes t WHERE t.key = ")
-            .push_bind(key.clone());
-        query.push(" AND t.value = ").push_bind(value.clone()).push(")");
-    }
-    if let Some(since) = filter.unseen_since {
-        query.push(" AND l.last_seen_at < ").push_bind(since);
-    }
-    // Every id begins with nothing.
-    if let Some(prefix) = filter.prefix.as_deref().filter(|prefix| !prefix.is_empty()) {
-        begins_with(query, prefix);
-    }
-}
-
-/// Adds the condition that id, name or host begins with `prefix`, as ranges that indexes serve.
-fn begins_with<D>(query: &mut QueryBuilder<D>, prefix: &str)
-where
-    D: Dialect,
-    for<'q> String: Encode<'q, D> + Type<D>,
-    for<'q> Uuid: Encode<'q, D> + Type<D>,
-{
-    // No character sorts behind the last code point, so that the range holds every text with this prefix.
-    // The database folds the case of both sides, each in its own way.
-    let high = format!("{prefix}\u{10ffff}");
-    let [begin, next, end, table] = D::EITHER;
-    for (opening, column) in [(format!(" AND {begin}"), "name"), (next.to_owned(), "host")] {
-        let column = D::sorted_by_bytes(&format!("lower({table}.{column})"));
-        query.push(format!("{opening}{column} >= lower(")).push_bind(prefix.to_owned());
-        query.push(format!(") AND {column} <= lower(")).push_bind(high.clone()).push(")");
-    }
-    if let Some((low, high)) = uid_range(&prefix.to_ascii_lowercase()) {
-        query.push(format!("{next}{table}.id >= ")).push_bind(low);
-        query.push(format!(" AND {table}.id <= ")).push_bind(high);
-    }
-    query.push(end);
-}
-
-/// The first and the last uid whose text begins with `prefix`; none where no uid does.
-fn uid_range(prefix: &str) -> Option<(Uuid, Uuid)> {
-    let pattern = "xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx";
-    let fits = prefix.len() <= pattern.len()
-        && prefix
-            .chars()
-            .zip(pattern.chars())
-            .all(|(c, p)| if p == '-' { c == '-' } else { c.is_ascii_hexdigit() });
-    if !fits {
-        return None;
-    }
-    let fill = |digit: &str| format!("{prefix}{}", pattern[prefix.len()..].replace('x', digit));
-    Some((Uuid::parse_str(&fill("0")).ok()?, Uuid::parse_str(&fill("f")).ok()?))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_uid_prefix_is_a_range_of_uids() {
-        let (low, high) = uid_range("0190d3c2-7").unwrap();
-        assert_eq!(low.to_string(), "0190d3c2-7000-0000-0000-000000000000");
-        assert_eq!(high.to_string(), "0190d3c2-7fff-ffff-ffff-ffffffffffff");
-        assert!(uid_range("").is_some());
-        assert_eq!(uid_range("edge"), None);
-        assert_eq!(uid_range("0190d3c27"), None, "the text form has a dash there");
     }
 }
