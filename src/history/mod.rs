@@ -176,6 +176,8 @@ pub enum Noticed {
     Concluded,
     /// A poller fell silent: as `Concluded`, unless another node heard it since.
     Unheard,
+    /// A poller showed it, by what was read so late that it counts only if no other node heard it after this moment.
+    Late(Moment),
 }
 
 /// A connection to open.
@@ -408,8 +410,11 @@ impl History {
             sequence_num: number,
             unsaved,
             offline_at: server_caused.then(|| now.after(self.shared.expected.return_time())),
-            unless_seen_after: (noticed == Noticed::Unheard)
-                .then_some(last_seen_at.max(connection.sighted())),
+            unless_seen_after: match noticed {
+                Noticed::Unheard => Some(last_seen_at.max(connection.sighted())),
+                Noticed::Late(known) => Some(known),
+                Noticed::Seen | Noticed::SeenAt(_) | Noticed::Concluded => None,
+            },
             node_id: self.shared.node_id,
         };
         self.shared.unrecorded.send_modify(|ends| *ends += 1);

@@ -299,7 +299,7 @@ impl Session {
         }
         self.adopt(next, change, false);
         if change.leaves || change.requests_uid {
-            let noticed = if late.is_some() { Noticed::Unheard } else { Noticed::SeenAt(heard) };
+            let noticed = late.map_or(Noticed::SeenAt(heard), Noticed::Late);
             Box::pin(self.finish(&inbound.report, change, noticed)).await?;
         }
         Ok(Taken::Answered(self.answered))

@@ -281,7 +281,7 @@ impl World {
         if unrecorded > 0 {
             self.excuse_all("a node stopped without the store");
         }
-        if self.database.records().was_taken_for_lost(process.node_id) {
+        if self.was_taken_for_lost(&process) {
             // It answered until its stop and never learnt of its mark; what it heard is unknown elsewhere.
             self.excuse_all("a node was taken for lost");
         }
@@ -295,6 +295,11 @@ impl World {
         sleep(pause).await;
         self.bring_up(place).await;
         self.places[place].busy.store(false, Ordering::Relaxed);
+    }
+
+    /// True where another node has ended this one.
+    pub(crate) fn was_taken_for_lost(&self, process: &Process) -> bool {
+        self.database.records().was_taken_for_lost(process.node_id)
     }
 
     /// Kills the process at a place, and starts the next one after a pause.

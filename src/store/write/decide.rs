@@ -151,12 +151,14 @@ fn displacement(
     new: &NewConnection,
     connected_at: Moment,
 ) -> Option<RowEnd> {
-    let held = new.older.map(|older| older.last_proof);
-    let proof = agent.last_seen_at.max(held).unwrap_or(row.connected_at).min(connected_at);
     if row.is_of(new) {
         return None;
     }
     let polls_on = row.transport == Transport::Http && new.transport == Transport::Http;
+    // What was heard over a link that another one displaced meanwhile proves nothing of that other one.
+    let held = new.older.filter(|older| polls_on || older.connection_id == row.id);
+    let held = held.map(|older| older.last_proof);
+    let proof = agent.last_seen_at.max(held).unwrap_or(row.connected_at).min(connected_at);
     let in_time = |first| {
         let deadline = proof.after(agent.poll_silence().unwrap_or(first) + new.poll_grace);
         deadline.max(new.excused_until.unwrap_or(deadline)) >= connected_at

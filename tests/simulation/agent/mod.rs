@@ -351,13 +351,13 @@ impl Agent {
                     Down::Offer(offer) => {
                         answered_at = Instant::now();
                         let Some(sent) = unanswered.pop_front() else { continue };
-                        if self.on_offer(&offer, sent, came) {
+                        if self.on_offer(process, &offer, sent, came) {
                             self.send(process, wire, Say::Full, &mut unanswered);
                         }
                     }
                     Down::Question(offer) => {
                         let sent = Sent { marks: self.marks, full: false };
-                        if self.on_offer(&offer, sent, came) {
+                        if self.on_offer(process, &offer, sent, came) {
                             self.send(process, wire, Say::Full, &mut unanswered);
                         }
                     }
@@ -477,7 +477,7 @@ impl Agent {
     }
 
     /// Takes an answer that came then, and lay unread while the agent was stopped; true where it asks for full state.
-    fn on_offer(&mut self, offer: &ServerToAgent, sent: Sent, came: Instant) -> bool {
+    fn on_offer(&mut self, process: &Process, offer: &ServerToAgent, sent: Sent, came: Instant) -> bool {
         let (now, came) = (self.world.truth.now(), self.world.truth.moment(came));
         if let Some(error) = &offer.error_response {
             self.say(format_args!("is answered: {}", error.error_message));
@@ -504,6 +504,9 @@ impl Agent {
                 let asked = std::mem::replace(&mut own.asked, true).then_some("it was asked before");
                 (own.excuse.map(|(why, _)| why).or(late).or(asked), own.cloned)
             });
+            // What it answered and had not stored yet is lost, and it may learn of its end by that.
+            let ended = || self.world.was_taken_for_lost(process).then_some("its node was taken for lost");
+            let excuse = excuse.or_else(ended);
             self.say(format_args!("is asked for full state ({})", excuse.unwrap_or("without need")));
             if excuse.is_none() && !cloned {
                 let text = format!("{} is asked for full state, and nothing was lost", self.name);

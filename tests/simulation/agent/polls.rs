@@ -8,6 +8,7 @@ use tokio::time::{Instant, sleep, timeout};
 
 use super::{Agent, PATIENCE, Say, Sent};
 use crate::link::{Polled, poll};
+use crate::node::Process;
 use crate::truth::PARTS;
 
 impl Agent {
@@ -39,8 +40,8 @@ impl Agent {
             let (bytes, sent) = again.take().unwrap_or_else(|| self.report(say));
             let mut pause = self.pace;
             match self.post(bytes.clone(), say).await {
-                Some(Polled::Offer(offer)) => {
-                    let asked = self.on_offer(&offer, sent, Instant::now());
+                Some((process, Polled::Offer(offer))) => {
+                    let asked = self.on_offer(&process, &offer, sent, Instant::now());
                     answered_at = Some(Instant::now());
                     if leaves {
                         break;
@@ -54,7 +55,7 @@ impl Agent {
                         Say::Nothing
                     };
                 }
-                Some(Polled::Later) => {
+                Some((_, Polled::Later)) => {
                     self.say(format_args!("is told to come later"));
                     self.excuse("a poll was refused");
                     again = Some((bytes, sent));
@@ -91,8 +92,8 @@ impl Agent {
         if self.rng.u8(0..4) == 0 { self.between(60_000, 1_800_000) } else { self.between(1, 120_000) }
     }
 
-    /// One poll; none where nobody answers it.
-    async fn post(&mut self, bytes: Vec<u8>, say: Say) -> Option<Polled> {
+    /// One poll, and who answered it; none where nobody did.
+    async fn post(&mut self, bytes: Vec<u8>, say: Say) -> Option<(Arc<Process>, Polled)> {
         let place = self.place();
         let process = self.world.process(place)?;
         let takes = Duration::from_millis(self.rng.u64(0..30));
@@ -118,6 +119,7 @@ impl Agent {
         }
         let hasty = self.rng.u8(0..50) == 0 && !self.world.is_calm();
         let patience = if hasty { takes } else { PATIENCE };
-        timeout(patience, answered).await.ok()?.ok()
+        let answer = timeout(patience, answered).await.ok()?.ok()?;
+        Some((process, answer))
     }
 }
