@@ -8,6 +8,7 @@
 pub mod flush;
 pub mod hub;
 mod inbound;
+mod question;
 mod services;
 
 use std::sync::Arc;
@@ -25,6 +26,7 @@ use crate::proto::{AgentCapabilities, AgentToServer, ServerToAgent};
 use crate::pulse::Pulse;
 use crate::store::{AgentUpdate, Rival, StoreError, Transport};
 pub use inbound::{Inbound, Origin};
+use question::Question;
 pub use services::Services;
 
 /// How many agents are asked for their full state in a second: after a crash many are to be, and each
@@ -44,8 +46,8 @@ pub struct Session {
     answered: Answer,
     /// The other agent that speaks under the same uid on the same link.
     rival: Option<Box<Rival>>,
-    /// True where its full state is needed and it was not asked yet: others were before it.
-    owes_state: bool,
+    /// Whether its full state is to be asked for.
+    question: Question,
     standing: Standing,
     /// Of a poller: when its last poll came of which the store said that its row is open.
     sure_at: Tick,
@@ -124,7 +126,7 @@ impl Session {
             state,
             answered: Answer::default(),
             rival: None,
-            owes_state: false,
+            question: Question::new(heard),
             standing: Standing::Sure,
             sure_at: heard,
         };
@@ -227,7 +229,7 @@ impl Session {
     /// `None` where the report wants more: nothing has happened then.
     #[must_use]
     pub fn beat(&mut self, report: &AgentToServer, bytes: &[u8]) -> Option<ServerToAgent> {
-        if self.connection.ended().is_some() || self.connection.forgot() || self.owes_state {
+        if self.connection.ended().is_some() || self.connection.forgot() || self.question.is_owed() {
             return None;
         }
         let (next, change) = self.state.absorb(report, digest_of_bytes(bytes));
@@ -246,17 +248,16 @@ impl Session {
     }
 
     /// True where the agent is asked for its full state now: whoever needs it is asked, a few at a time.
-    fn asks(&mut self, wanted: bool) -> bool {
-        self.owes_state |= wanted;
-        let asks = self.owes_state && self.services.questions.take(self.services.clock.tick());
-        self.owes_state &= !asks;
-        asks
+    fn asks(&mut self) -> bool {
+        let Services { questions, clock, .. } = &*self.services;
+        let now = clock.tick();
+        self.question.put(now, || questions.take(now))
     }
 
     /// The question for full state, where it is owed and its turn has come.
     pub fn overdue_question(&mut self) -> Option<ServerToAgent> {
         let question = Answer { ask_full_state: true, new_uid: None };
-        self.asks(false).then(|| compose(self.connection.agent.as_bytes(), question))
+        self.asks().then(|| compose(self.connection.agent.as_bytes(), question))
     }
 
     /// Takes over a state whose changes, if any, are stored.
@@ -264,8 +265,14 @@ impl Session {
         let heartbeats = next.capabilities().has(AgentCapabilities::ReportsHeartbeat);
         self.connection.pulse.settled(next.stored_number(), next.number(), heartbeats, quiet);
         self.state = next;
-        self.owes_state &= self.state.stored_number().is_none();
-        self.answered = Answer { ask_full_state: self.asks(change.ask_full_state), new_uid: None };
+        if self.state.stored_number().is_some() {
+            self.question.settle();
+        }
+        self.question.note_report(self.state.owes_known_parts(), self.services.clock.tick());
+        if change.ask_full_state {
+            self.question.owe();
+        }
+        self.answered = Answer { ask_full_state: self.asks(), new_uid: None };
     }
 
     /// Takes one report.

@@ -256,6 +256,12 @@ impl AgentState {
         if self.stale { None } else { self.number }
     }
 
+    /// True from a gap until every part that is known has come anew, as it does where full state is sent.
+    #[must_use]
+    pub fn owes_known_parts(&self) -> bool {
+        self.stale && !self.fresh.covers(self.known)
+    }
+
     /// The agent's present mask.
     #[must_use]
     pub fn capabilities(&self) -> Capabilities {

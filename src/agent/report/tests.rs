@@ -124,9 +124,10 @@ fn s_044_a_gap_is_asked_about_once_and_r_003_its_number_is_the_new_base() {
     assert_eq!((change.kind, change.ask_full_state, change.must_save), (Kind::Gap, true, true));
     assert_eq!(state.stored_number(), None);
     assert!(!absorb(&mut state, &report(4)).ask_full_state);
+    assert!(state.owes_known_parts(), "it may not have seen the question");
     let change = absorb(&mut state, &full(5, [1; 5]));
     assert!(change.must_save, "nothing changed, but the number counts again");
-    assert_eq!(state.stored_number(), Some(5));
+    assert_eq!((state.stored_number(), state.owes_known_parts()), (Some(5), false));
 }
 
 /// Health goes from 1 to 2 at another node and back to 1 here: what is stored is 2.

@@ -230,9 +230,11 @@ where
         for update in updates {
             let Some(described) = &update.documents.description else { continue };
             agents.push(json!([update.agent]));
-            attributes
-                .extend(described.attributes.iter().map(|(key, value)| json!([update.agent, key, value])));
+            attributes.extend(described.attributes.iter().map(|(key, value)| (key, value, update.agent)));
         }
+        attributes.sort_unstable_by_key(|(key, value, agent)| (*key, value.as_str(), *agent));
+        let attributes =
+            attributes.into_iter().map(|(key, value, agent)| json!([agent, key, value])).collect();
         let rows_to_drop = rows::<D>(&[("id", Column::Uuid)]);
         let text =
             format!("DELETE FROM agent_attributes WHERE agent_id IN (SELECT r.id FROM {rows_to_drop} r)");
