@@ -120,7 +120,7 @@ impl Session {
         connection.note_sighting(opened.seen_at);
         let connection = Arc::new(connection);
         let services = Arc::clone(services);
-        let session = Self {
+        let mut session = Self {
             services,
             connection,
             state,
@@ -130,6 +130,11 @@ impl Session {
             standing: Standing::Sure,
             sure_at: heard,
         };
+        let proof = session.connection.proof(&session.services.sight, heard);
+        if opened.continued && proof < heard && session.peers_may_be_there() {
+            // On record it is as silent as before: whoever judges it now is told by its next poll, not by the flush.
+            session.standing = Standing::Doubtful;
+        }
         session.services.hub.enter(&session.connection);
         session.services.watch.over(Arc::clone(&session.connection), Tick::default()).await;
         let arrival = if opened.continued { Arrival::Continued } else { Arrival::Newcomer };
