@@ -345,6 +345,17 @@ pub(crate) fn answered(process: &Process, uid: InstanceUid, id: i64, heard: Mome
         if ended_elsewhere && (asked || process.services.outage.is_away()) {
             return;
         }
+        // An older link whose opening comes late takes the place of the newest one: its node opens a row again once its
+        // safety net has looked (contract, section 4), and that takes longer while the store is away.
+        let displaced_at = records.row(id).and_then(|row| row.end).filter(|end| {
+            end.ended_by == EndedBy::NewcomerElsewhere && end.reason == CloseReason::Superseded
+        });
+        let looks = process.check_interval + NEAR;
+        if displaced_at
+            .is_some_and(|end| heard.since(end.known()) <= looks || process.services.outage.is_away())
+        {
+            return;
+        }
         let rule = if ended_elsewhere { Rule::Stale } else { Rule::Covered };
         process.truth.contradict(rule, || {
             format!(

@@ -59,6 +59,8 @@ pub(crate) struct Process {
     owners: TaskTracker,
     next_link: AtomicU64,
     drain: Duration,
+    /// Pace of its safety net.
+    pub(crate) check_interval: Duration,
     name: String,
     /// Set when its host vanished with it: nobody is told.
     pub(crate) silent: AtomicBool,
@@ -131,6 +133,7 @@ impl Process {
             owners: TaskTracker::new(),
             next_link: AtomicU64::new(0),
             drain: config.shutdown.drain,
+            check_interval: config.heartbeat.check_interval,
             name,
             silent: AtomicBool::new(false),
         });
