@@ -207,7 +207,12 @@ pub struct Opening<'a> {
 #[derive(Debug)]
 pub enum Opens {
     /// The connection is open and durable.
-    Connection(Box<Opened>),
+    Connection {
+        /// What the store says of it.
+        opened: Box<Opened>,
+        /// The sign of life that this opening told the store.
+        told: Moment,
+    },
     /// It comes from another agent than the connected one, and is to be opened under another uid.
     Rival(Rival),
 }
@@ -320,6 +325,7 @@ impl History {
             opening;
         let now = self.shared.clock.moment(heard);
         let proof = if transport == Transport::Http { self.shared.sight.proof(heard) } else { heard };
+        let told = self.shared.clock.moment(proof);
         let new = NewConnection {
             agent,
             transport,
@@ -327,10 +333,11 @@ impl History {
             node_id: self.shared.node_id,
             node_seq: self.shared.node_seq.fetch_add(1, Ordering::Relaxed),
             at: now,
-            seen_at: self.shared.clock.moment(proof),
+            seen_at: told,
             number,
             older: older.map(|older| Older {
                 connection_id: older.id,
+                transport: older.transport,
                 last_proof: self.shared.clock.moment(older.proof(&self.shared.sight, older.last_seen())),
                 number: older.pulse.beat().heard,
             }),
@@ -346,7 +353,7 @@ impl History {
         match self.push(Write::CreateConnection(new), Concern::Nobody, None).await {
             Ok(Reply::Written(Written::Created(opened))) => {
                 self.shared.metrics.connections_opened.of(transport).increment(u64::from(!opened.continued));
-                Ok(Opens::Connection(opened))
+                Ok(Opens::Connection { opened, told })
             }
             Ok(Reply::Written(Written::Rival(rival))) => {
                 self.shared.metrics.clones.increment(u64::from(rival.offers == 1));

@@ -69,8 +69,8 @@ enum Standing {
 enum Arrival {
     /// A connection that it has just made.
     Newcomer,
-    /// A row with which its session goes on from now.
-    Continued,
+    /// A row with which its session goes on from now. This node has told the store of no later sign of life than this.
+    Continued(Moment),
     /// A session that knows its agent.
     Known,
 }
@@ -104,10 +104,12 @@ impl Session {
             poll_grace: services.watch.poll_grace(),
             peer_lost: if services.peers.is_unsure() { Some(heard) } else { services.peers.lost_at() },
         };
-        let mut opened = match services.history.open(opening).await? {
-            Opens::Connection(opened) => opened,
+        let (mut opened, told) = match services.history.open(opening).await? {
+            Opens::Connection { opened, told } => (opened, told),
             Opens::Rival(rival) => return Ok(Opened::Rival(rival)),
         };
+        let before_it = older.as_ref().filter(|older| older.id == opened.connection_id);
+        let told = before_it.map_or(told, |older| told.max(older.sighted()));
         let before = opened.displaced.map_or(opened.connection_id, |displaced| displaced.connection_id);
         if let Some(older) = older.filter(|older| before == older.id) {
             // Signs of life that were not flushed yet: who continues them is not asked for full state.
@@ -137,7 +139,7 @@ impl Session {
         }
         session.services.hub.enter(&session.connection);
         session.services.watch.over(Arc::clone(&session.connection), Tick::default()).await;
-        let arrival = if opened.continued { Arrival::Continued } else { Arrival::Newcomer };
+        let arrival = if opened.continued { Arrival::Continued(told) } else { Arrival::Newcomer };
         Ok(Opened::Session(session, arrival))
     }
 
@@ -199,10 +201,13 @@ impl Session {
             && arrival != Arrival::Newcomer
             && proof < heard
             && self.peers_may_be_there();
-        let proof = self.services.clock.moment(proof);
         // What this node told the store itself overtakes nothing. What the row said at its opening does.
-        let known = if arrival == Arrival::Known { self.connection.sighted() } else { proof };
-        late.then(|| proof.max(known))
+        let told = match arrival {
+            Arrival::Known => self.connection.sighted(),
+            Arrival::Continued(told) => told,
+            Arrival::Newcomer => Moment::default(),
+        };
+        late.then(|| self.services.clock.moment(proof).max(told))
     }
 
     /// True where the store says that this very connection is open.
@@ -239,7 +244,7 @@ impl Session {
         }
         let (next, change) = self.state.absorb(report, digest_of_bytes(bytes));
         let quiet = !change.must_save && !change.leaves && !change.requests_uid && !change.ask_full_state;
-        if !quiet || change.kind == Kind::Rival {
+        if !quiet || change.kind == Kind::Rival || self.is_to_be_reminded(&next, change.kind) {
             return None;
         }
         self.connection.pulse.reported(self.services.clock.tick(), false);
@@ -252,8 +257,18 @@ impl Session {
         Some(compose(&report.instance_uid, self.answered))
     }
 
+    /// True where the answer that asked the agent may be lost: a minute later it has not told what it told before. A
+    /// report of nothing but the uid asks nothing.
+    fn is_to_be_reminded(&self, state: &AgentState, kind: Kind) -> bool {
+        let missing = kind != Kind::Bare && state.owes_known_parts();
+        missing && self.question.is_due_again(self.services.clock.tick())
+    }
+
     /// True where the agent is asked for its full state now: whoever needs it is asked, a few at a time.
     fn asks(&mut self) -> bool {
+        if !self.question.is_owed() {
+            return false;
+        }
         let Services { questions, clock, .. } = &*self.services;
         let now = clock.tick();
         self.question.put(now, || questions.take(now))
@@ -273,9 +288,10 @@ impl Session {
         if self.state.stored_number().is_some() {
             self.question.settle();
         }
-        self.question.note_report(self.state.owes_known_parts(), self.services.clock.tick());
         if change.ask_full_state {
             self.question.owe();
+        } else if self.is_to_be_reminded(&next, change.kind) {
+            self.question.remind();
         }
         self.answered = Answer { ask_full_state: self.asks(), new_uid: None };
     }

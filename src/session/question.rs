@@ -7,10 +7,10 @@ use std::time::Duration;
 use crate::clock::Tick;
 
 /// After this long without its full state an agent is asked once more: the answer with the question may be lost while
-/// the agent's numbers go on without a gap (R-004: not more often).
+/// the agent's numbers go on without a gap. Reports that follow in order ask no sooner.
 const REMINDER: Duration = Duration::from_mins(1);
 
-/// So often in a row: there are agents that never tell a part again which they told once.
+/// So often for each question: there are agents that never tell a part again which they told once.
 const MOST_REMINDERS: u8 = 3;
 
 /// Whether an agent is to be asked for its full state.
@@ -20,7 +20,7 @@ pub(super) struct Question {
     owed: bool,
     /// When it was asked last.
     asked_at: Tick,
-    /// How often it was asked again since it last told everything.
+    /// How often it was asked again since something was found missing.
     reminders: u8,
 }
 
@@ -35,24 +35,24 @@ impl Question {
         self.owed
     }
 
-    /// The agent is to be asked.
+    /// Something is found missing: the agent is to be asked.
     pub(super) fn owe(&mut self) {
-        self.owed = true;
+        (self.owed, self.reminders) = (true, 0);
     }
 
     /// Nothing is missing any more.
     pub(super) fn settle(&mut self) {
-        self.owed = false;
-        self.reminders = 0;
+        (self.owed, self.reminders) = (false, 0);
     }
 
-    /// Notes that the agent reported, and that parts of its state are `missing` since a question: it may be owed anew.
-    pub(super) fn note_report(&mut self, missing: bool, now: Tick) {
-        let waited = now.since(self.asked_at) >= REMINDER;
-        if missing && waited && !self.owed && self.reminders < MOST_REMINDERS {
-            self.reminders += 1;
-            self.owed = true;
-        }
+    /// True where an agent that still has not told everything is to be asked again.
+    pub(super) fn is_due_again(&self, now: Tick) -> bool {
+        !self.owed && self.reminders < MOST_REMINDERS && now.since(self.asked_at) >= REMINDER
+    }
+
+    /// The agent is to be asked again.
+    pub(super) fn remind(&mut self) {
+        (self.owed, self.reminders) = (true, self.reminders + 1);
     }
 
     /// True where it is put now, if `has_turn` says that its turn has come.
@@ -73,26 +73,35 @@ mod tests {
         Tick::from_micros(second * 1_000_000)
     }
 
-    /// The seconds at which an agent is asked that reports each 20 s and never tells what is missing.
-    fn asked(missing: impl Fn(u64) -> bool) -> Vec<u64> {
+    /// Reports at `now` that nothing is missing, or that something still is; true where the agent is asked.
+    fn report(question: &mut Question, now: Tick, missing: bool) -> bool {
+        if !missing {
+            question.settle();
+        } else if question.is_due_again(now) {
+            question.remind();
+        }
+        question.put(now, || true)
+    }
+
+    /// The seconds at which an agent is asked that reports each 20 s and has told everything at `told`. Something is
+    /// missing from the first of them, and from `lost`.
+    fn asked(told: u64, lost: u64) -> Vec<u64> {
         let mut question = Question::new(at(0));
-        question.owe();
         let asks = |second: &u64| {
-            if missing(*second) {
-                question.note_report(true, at(*second));
-            } else {
-                question.settle();
+            if [0, lost].contains(second) {
+                question.owe();
             }
-            question.put(at(*second), || true)
+            report(&mut question, at(*second), *second < told || *second >= lost)
         };
         (0..=600).step_by(20).filter(asks).collect()
     }
 
     #[test]
     fn who_does_not_answer_is_asked_again_and_not_for_ever() {
-        assert_eq!(asked(|_| true), [0, 60, 120, 180]);
-        assert_eq!(asked(|second| second < 100), [0, 60]);
-        assert_eq!(asked(|second| !(100..=140).contains(&second)), [0, 60, 160, 220, 280], "it began anew");
+        assert_eq!(asked(1_000, 1_000), [0, 60, 120, 180]);
+        assert_eq!(asked(100, 1_000), [0, 60]);
+        assert_eq!(asked(100, 160), [0, 60, 160, 220, 280, 340], "each loss has reminders of its own");
+        assert_eq!(asked(1_000, 400), [0, 60, 120, 180, 400, 460, 520, 580]);
     }
 
     #[test]
@@ -101,9 +110,9 @@ mod tests {
         assert!(!question.put(at(0), || true), "nothing is missing");
         question.owe();
         assert!(!question.put(at(1), || false));
-        question.note_report(true, at(200));
+        assert!(!question.is_due_again(at(200)), "it was not put yet");
         assert!(question.put(at(200), || true));
-        question.note_report(true, at(259));
-        assert!(!question.is_owed(), "it has a minute from when it was put");
+        assert!(!question.is_due_again(at(259)), "it has a minute from when it was put");
+        assert!(question.is_due_again(at(260)));
     }
 }

@@ -256,7 +256,8 @@ impl AgentState {
         if self.stale { None } else { self.number }
     }
 
-    /// True from a gap until every part that is known has come anew, as it does where full state is sent.
+    /// True from a gap until every part that is known has come anew, as it does where full state is sent. Who never told
+    /// any was asked for them once.
     #[must_use]
     pub fn owes_known_parts(&self) -> bool {
         self.stale && !self.fresh.covers(self.known)

@@ -154,6 +154,8 @@ pub struct NewConnection {
 pub struct Older {
     /// Which connection.
     pub connection_id: i64,
+    /// How its reports travel.
+    pub transport: Transport,
     /// The last proof that it was connected.
     pub last_proof: Moment,
     /// The number of its last report.

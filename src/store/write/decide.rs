@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::super::status_log::log_row;
 use super::super::{Status, StatusChange, Transport};
-use super::{ConnectionEnd, NewConnection, Rival, stored_number};
+use super::{ConnectionEnd, NewConnection, Older, Rival, stored_number};
 use crate::agent::report::{KnownAgent, Part, PartSet};
 use crate::agent::{Capabilities, InstanceUid};
 use crate::clock::Moment;
@@ -155,8 +155,10 @@ fn displacement(
         return None;
     }
     let polls_on = row.transport == Transport::Http && new.transport == Transport::Http;
-    // What was heard over a link that another one displaced meanwhile proves nothing of that other one.
-    let held = new.older.filter(|older| polls_on || older.connection_id == row.id);
+    // What was heard over a link that another one displaced meanwhile proves nothing of that other one. Polls are all of
+    // one agent, whichever row they were taken for.
+    let polled = |older: &Older| polls_on && older.transport == Transport::Http;
+    let held = new.older.filter(|older| polled(older) || older.connection_id == row.id);
     let held = held.map(|older| older.last_proof);
     let proof = agent.last_seen_at.max(held).unwrap_or(row.connected_at).min(connected_at);
     let in_time = |first| {

@@ -180,8 +180,13 @@ where
         };
         Self::update_liveness(tx, stored_updates.iter().map(seen)).await?;
         Self::replace_attributes(tx, &stored_updates).await?;
-        for update in stored_updates {
+        for update in &stored_updates {
             Self::store_bulky(tx, update).await?;
+        }
+        // Sorted like the agents: whoever stores the same ones elsewhere must not wait in a circle.
+        let mut inventories = stored_updates;
+        inventories.sort_unstable_by_key(|update| &update.documents.components_hash);
+        for update in inventories {
             Self::store_inventory(tx, update).await?;
         }
         Ok(stored)
@@ -232,6 +237,7 @@ where
             agents.push(json!([update.agent]));
             attributes.extend(described.attributes.iter().map(|(key, value)| (key, value, update.agent)));
         }
+        // In the order of the index over all agents: each of its pages is visited once.
         attributes.sort_unstable_by_key(|(key, value, agent)| (*key, value.as_str(), *agent));
         let attributes =
             attributes.into_iter().map(|(key, value, agent)| json!([agent, key, value])).collect();

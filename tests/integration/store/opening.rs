@@ -92,7 +92,12 @@ pub(super) async fn a_newcomer_takes_over_at_once(store: Arc<dyn Store>) {
 pub(super) async fn a_proof_in_memory_beats_an_older_one_on_record(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
     let held = node.open(uid(1), at(10)).await;
-    let older = Older { connection_id: held.connection_id, last_proof: at(19), number: None };
+    let older = Older {
+        connection_id: held.connection_id,
+        transport: Transport::Websocket,
+        last_proof: at(19),
+        number: None,
+    };
     let newcomer = NewConnection { older: Some(older), ..node.arrival(uid(1), at(20)) };
     create(&store, newcomer).await;
     assert_eq!(history(&store, uid(1)).await[0].disconnected_at, Some(at(19)));

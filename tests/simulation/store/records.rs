@@ -366,7 +366,11 @@ impl Records {
         let mut continues = None;
         if let Some(row) = &open {
             let polls = row.transport == Transport::Http && new.transport == Transport::Http;
-            let last_proof = new.older.filter(|_| polls).or(held).map(|older| older.last_proof);
+            let last_proof = new
+                .older
+                .filter(|older| polls && older.transport == Transport::Http)
+                .or(held)
+                .map(|older| older.last_proof);
             let proof = agent.seen.map(|seen| seen.at).max(last_proof).unwrap_or(row.connected_at).min(at);
             let silence = agent.seen.and_then(|seen| seen.silence).or(new.first_poll).unwrap_or_default();
             let deadline = proof.after(silence + new.poll_grace).max(new.excused_until.unwrap_or_default());
