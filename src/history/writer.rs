@@ -92,9 +92,28 @@ impl Writer {
 
     fn take_batch(&self) -> Vec<Job> {
         let mut inbox = self.shared.inbox();
-        let batch = inbox.take_batch(self.limit);
+        let mut batch = inbox.take_batch(self.limit);
         self.shared.metrics.store_backlog.set(count(inbox.len()));
+        drop(inbox);
+        self.grant_return_time(&mut batch);
         batch
+    }
+
+    /// Moves the verdicts of ends that waited for the store: while it was away nobody was let in, and who lost its
+    /// connection then has its whole return time from when this server admits again.
+    fn grant_return_time(&self, batch: &mut [Job]) {
+        let Shared { clock, sight, expected, .. } = &*self.shared;
+        let pending = batch.iter_mut().filter_map(|job| match &mut job.write {
+            Write::UpdateConnection(end) => end.offline_at.as_mut(),
+            Write::CreateConnection(_) | Write::UpdateAgent(_) => None,
+        });
+        let mut granted = None;
+        for offline_at in pending {
+            let earliest = *granted.get_or_insert_with(|| {
+                clock.moment(sight.resumed(clock.tick()).after(expected.return_time()))
+            });
+            *offline_at = earliest.max(*offline_at);
+        }
     }
 
     /// Writes a batch, by halves where the store refuses it, until a culprit stands alone.
