@@ -96,6 +96,7 @@ mod tests {
         (0..=600).step_by(20).filter(asks).collect()
     }
 
+    /// what follows a gap in order is not asked about again, but for an answer that was lost.
     #[test]
     fn who_does_not_answer_is_asked_again_and_not_for_ever() {
         assert_eq!(asked(1_000, 1_000), [0, 60, 120, 180]);
