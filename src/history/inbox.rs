@@ -143,6 +143,7 @@ impl Waiting {
     /// Tells whoever waits, and the connection concerned.
     pub(super) fn answer(self, reply: Reply) {
         match (&self.concern, &reply) {
+            (Concern::Ends(connection), Reply::Failed(_)) => connection.give_up_end(),
             (Concern::Ends(connection), _) => connection.settle(),
             (Concern::Kept(connection), Reply::Written(Written::Agent(false))) => connection.overtaken(),
             (Concern::Kept(connection), _) => {
@@ -383,7 +384,7 @@ mod tests {
     use crate::clock::{Moment, Tick};
     use crate::close::CloseReason;
     use crate::pulse::{Link, Pulse};
-    use crate::store::{ConnectionEnd, NewConnection, Transport};
+    use crate::store::{ConnectionEnd, Ended, NewConnection, Transport};
 
     fn uid(number: u8) -> InstanceUid {
         InstanceUid::from_bytes([number; 16])
@@ -521,6 +522,20 @@ mod tests {
         let (_, unsaved) = number_after(|| Reply::Written(Written::Agent(false)));
         assert!(unsaved, "the store knows what is newer, and its number stands");
         assert_eq!(number_after(|| Reply::Failed(away())), (None, false), "nothing stands for any number");
+    }
+
+    #[test]
+    fn nobody_is_told_an_end_that_is_not_on_record() {
+        for (reply, told) in [
+            (Reply::Failed(StoreError::NodeEnded), false),
+            (Reply::Written(Written::Connection(Ended { duration_seconds: Some(1), status: None })), true),
+        ] {
+            let one = connection(1);
+            let (ending, _ticket) = end(&one);
+            ending.waiting.answer(reply);
+            assert!(one.is_recorded(), "nothing is waited for any more");
+            assert_eq!(one.is_unrecordable(), !told);
+        }
     }
 
     #[test]

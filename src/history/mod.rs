@@ -47,6 +47,8 @@ pub struct OpenConnection {
     pub pulse: Pulse,
     end: OnceLock<CloseReason>,
     recorded: AtomicBool,
+    /// True where its end will not be put on record by this node.
+    unrecordable: AtomicBool,
     /// True where a change that was answered could not be stored after all.
     forgot: AtomicBool,
     /// The latest sign of life that this node handed to the store, in microseconds.
@@ -59,8 +61,8 @@ impl OpenConnection {
     pub fn new(agent: InstanceUid, id: i64, transport: Transport, link: Arc<Link>, pulse: Pulse) -> Self {
         link.enter();
         let (end, sighted) = (OnceLock::new(), AtomicI64::new(i64::MIN));
-        let (recorded, forgot) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { agent, id, transport, link, pulse, end, recorded, forgot, sighted }
+        let [recorded, unrecordable, forgot] = std::array::from_fn(|_| AtomicBool::new(false));
+        Self { agent, id, transport, link, pulse, end, recorded, unrecordable, forgot, sighted }
     }
 
     /// Why it ended; `None` while it is open.
@@ -69,10 +71,17 @@ impl OpenConnection {
         self.end.get().copied()
     }
 
-    /// True once its end is on record, so that the peer may be told.
+    /// True once its end is on record, so that the peer may be told, or never will be.
     #[must_use]
     pub fn is_recorded(&self) -> bool {
         self.recorded.load(Ordering::Acquire)
+    }
+
+    /// True where this node cannot put its end on record: what the record will say of it is not known here, so that the
+    /// peer is told nothing.
+    #[must_use]
+    pub fn is_unrecordable(&self) -> bool {
+        self.unrecordable.load(Ordering::Acquire)
     }
 
     /// Notes that the store is told of a sign of life: what it shows later than that, another node heard.
@@ -134,6 +143,12 @@ impl OpenConnection {
             self.link.leave();
         }
         first
+    }
+
+    /// Notes that its end will not be put on record by this node, and tells the link.
+    fn give_up_end(&self) {
+        self.unrecordable.store(true, Ordering::Release);
+        self.settle();
     }
 
     /// Notes that the end is on record and tells the link.

@@ -315,11 +315,15 @@ impl LinkTask {
     /// Lets go of sessions that were ended elsewhere; a link that lost its last one that way ends. Who
     /// only lost its row keeps its place and is asked to report.
     fn look_around(&mut self) -> Result<(), End> {
-        let (mut reason, mut adrift) = (None, false);
+        let (mut reason, mut adrift, mut untold) = (None, false, false);
         let closing = self.process.services.closing.load(Ordering::Relaxed);
         self.sessions.retain_mut(|(_, session)| {
             let connection = session.as_ref().map(Session::connection);
             let recorded = connection.filter(|connection| connection.is_recorded());
+            if recorded.is_some_and(|connection| connection.is_unrecordable()) {
+                untold = true;
+                return false;
+            }
             let ended = recorded.and_then(|connection| connection.ended());
             if ended == Some(CloseReason::ServerLost) && !closing {
                 *session = None;
@@ -332,6 +336,7 @@ impl LinkTask {
         self.curious |= adrift;
         self.note_company();
         match reason {
+            _ if untold && self.sessions.is_empty() => Err(End::Unwritable),
             Some(reason) if self.sessions.is_empty() => Err(End::Close(reason)),
             _ if self.is_lonely() && self.origin.link.is_dismissed() => {
                 Err(End::Close(CloseReason::ServerShutdown))
@@ -380,7 +385,9 @@ impl LinkTask {
         };
         let mut ended = Vec::new();
         for (id, ticket) in tickets {
-            ticket.recorded().await;
+            if ticket.recorded().await.is_none() {
+                return;
+            }
             ended.push(id);
         }
         for id in ended {

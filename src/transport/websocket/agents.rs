@@ -74,11 +74,15 @@ impl Agents {
     ///
     /// Who only lost its row keeps its place and is asked to report, which opens a new one.
     pub(super) fn look_around(&mut self) -> Result<(), End> {
-        let (mut reason, mut adrift) = (None, false);
+        let (mut reason, mut adrift, mut untold) = (None, false, false);
         let closing = self.services.closing.load(Ordering::Relaxed);
         self.sessions.retain_mut(|(_, session)| {
             let connection = session.as_ref().map(Session::connection);
             let recorded = connection.filter(|connection| connection.is_recorded());
+            if recorded.is_some_and(|connection| connection.is_unrecordable()) {
+                untold = true;
+                return false;
+            }
             let ended = recorded.and_then(|connection| connection.ended());
             if ended == Some(CloseReason::ServerLost) && !closing {
                 *session = None;
@@ -91,6 +95,8 @@ impl Agents {
         self.curious |= adrift;
         self.note_company();
         match reason {
+            // The record may come to say something else than a Close frame would.
+            _ if untold && self.sessions.is_empty() => Err(End::Unwritable),
             Some(reason) if self.sessions.is_empty() => Err(End::Close(reason)),
             _ if self.is_lonely() && self.origin.link.is_dismissed() => {
                 Err(End::Close(CloseReason::ServerShutdown))

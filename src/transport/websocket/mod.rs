@@ -257,7 +257,9 @@ where
         };
         if frame.is_some() {
             for ticket in tickets {
-                ticket.recorded().await;
+                if ticket.recorded().await.is_none() {
+                    return;
+                }
             }
         }
         let limit = self.agents.admission.limits().max_message_size.saturating_mul(2);
