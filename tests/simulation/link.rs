@@ -14,6 +14,7 @@ use opamp_server::history::{EndTicket, Noticed, OpenConnection};
 use opamp_server::metrics::Refused;
 use opamp_server::proto::{AgentToServer, ServerToAgent};
 use opamp_server::pulse::Link;
+use opamp_server::session::ends::{Outlook, look_around};
 use opamp_server::session::{
     Exchange, Exchanged, Inbound, Origin, Session, exchange, introduce, reject, sender,
 };
@@ -312,36 +313,16 @@ impl LinkTask {
         }
     }
 
-    /// Lets go of sessions that were ended elsewhere; a link that lost its last one that way ends. Who
-    /// only lost its row keeps its place and is asked to report.
+    /// Lets go of sessions that were ended elsewhere; a link that lost its last one that way ends.
     fn look_around(&mut self) -> Result<(), End> {
-        let (mut reason, mut adrift, mut untold) = (None, false, false);
-        let closing = self.process.services.closing.load(Ordering::Relaxed);
-        self.sessions.retain_mut(|(_, session)| {
-            let connection = session.as_ref().map(Session::connection);
-            let recorded = connection.filter(|connection| connection.is_recorded());
-            if recorded.is_some_and(|connection| connection.is_unrecordable()) {
-                untold = true;
-                return false;
+        match look_around(&self.process.services, &self.origin.link, &mut self.sessions) {
+            Outlook::Open { adrift } => {
+                self.curious |= adrift;
+                self.note_company();
+                Ok(())
             }
-            let ended = recorded.and_then(|connection| connection.ended());
-            if ended == Some(CloseReason::ServerLost) && !closing {
-                *session = None;
-                adrift = true;
-                return true;
-            }
-            reason = reason.or(ended);
-            ended.is_none()
-        });
-        self.curious |= adrift;
-        self.note_company();
-        match reason {
-            _ if untold && self.sessions.is_empty() => Err(End::Unwritable),
-            Some(reason) if self.sessions.is_empty() => Err(End::Close(reason)),
-            _ if self.is_lonely() && self.origin.link.is_dismissed() => {
-                Err(End::Close(CloseReason::ServerShutdown))
-            }
-            _ => Ok(()),
+            Outlook::Close(reason) => Err(End::Close(reason)),
+            Outlook::Break => Err(End::Unwritable),
         }
     }
 

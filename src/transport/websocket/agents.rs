@@ -4,7 +4,6 @@
 
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::time::Sleep;
@@ -19,6 +18,7 @@ use crate::close::CloseReason;
 use crate::history::{EndTicket, Noticed};
 use crate::metrics::{DecodeFailure, Refused};
 use crate::proto::{AgentToServer, ServerToAgent};
+use crate::session::ends::{Outlook, look_around};
 use crate::session::{Exchange, Inbound, Origin, Services, Session, exchange, introduce, reject, sender};
 use crate::transport::admission::Admission;
 use crate::transport::intake::{self, Unfit};
@@ -71,37 +71,15 @@ impl Agents {
     }
 
     /// Lets go of sessions that were ended elsewhere; a link that lost its last one that way ends.
-    ///
-    /// Who only lost its row keeps its place and is asked to report, which opens a new one.
     pub(super) fn look_around(&mut self) -> Result<(), End> {
-        let (mut reason, mut adrift, mut untold) = (None, false, false);
-        let closing = self.services.closing.load(Ordering::Relaxed);
-        self.sessions.retain_mut(|(_, session)| {
-            let connection = session.as_ref().map(Session::connection);
-            let recorded = connection.filter(|connection| connection.is_recorded());
-            if recorded.is_some_and(|connection| connection.is_unrecordable()) {
-                untold = true;
-                return false;
+        match look_around(&self.services, &self.origin.link, &mut self.sessions) {
+            Outlook::Open { adrift } => {
+                self.curious |= adrift;
+                self.note_company();
+                Ok(())
             }
-            let ended = recorded.and_then(|connection| connection.ended());
-            if ended == Some(CloseReason::ServerLost) && !closing {
-                *session = None;
-                adrift = true;
-                return true;
-            }
-            reason = reason.or(ended);
-            ended.is_none()
-        });
-        self.curious |= adrift;
-        self.note_company();
-        match reason {
-            // The record may come to say something else than a Close frame would.
-            _ if untold && self.sessions.is_empty() => Err(End::Unwritable),
-            Some(reason) if self.sessions.is_empty() => Err(End::Close(reason)),
-            _ if self.is_lonely() && self.origin.link.is_dismissed() => {
-                Err(End::Close(CloseReason::ServerShutdown))
-            }
-            _ => Ok(()),
+            Outlook::Close(reason) => Err(End::Close(reason)),
+            Outlook::Break => Err(End::Unwritable),
         }
     }
 
