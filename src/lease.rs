@@ -93,11 +93,14 @@ impl Lease {
             return Ok(None);
         }
         self.outage.written(Witness::Lease);
+        // Beside each other: a store that hangs is noticed after one deadline, not after two.
+        let (named, peers) =
+            tokio::join!(self.store.lock_node_name(&self.name), self.store.list_peers(self.node_id));
         // A database that was restarted has forgotten who holds the name.
-        if !self.store.lock_node_name(&self.name).await.unwrap_or(true) {
+        if !named.unwrap_or(true) {
             tracing::warn!(name = self.name, "another opamp-server has taken the name of this node");
         }
-        let peers = self.store.list_peers(self.node_id).await?;
+        let peers = peers?;
         let now = self.history.clock().tick();
         let (some, gone) = (!peers.is_empty(), watching.misses_any(&peers));
         let lost = watching.renewed(now, peers);

@@ -4,7 +4,7 @@
 //! few [`Witness`]es. Each failed call is counted all the same. It must not know what was to be written.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicUsize, Ordering};
 
 use tokio::sync::Notify;
 
@@ -29,6 +29,7 @@ pub struct Outage {
     metrics: Arc<Metrics>,
     /// The witnesses that could not write, a bit each.
     away: AtomicU8,
+    begun: AtomicUsize,
     /// True while the writer has nothing to write, and so nothing to say.
     idle: AtomicBool,
     back: Notify,
@@ -38,13 +39,20 @@ impl Outage {
     /// No trouble yet.
     #[must_use]
     pub fn new(metrics: Arc<Metrics>) -> Self {
-        Self { metrics, away: AtomicU8::new(0), idle: AtomicBool::new(true), back: Notify::new() }
+        Self {
+            metrics,
+            away: AtomicU8::new(0),
+            begun: AtomicUsize::new(0),
+            idle: AtomicBool::new(true),
+            back: Notify::new(),
+        }
     }
 
     /// Notes that `work` has to wait because the store did not do it.
     pub fn failed(&self, witness: Witness, work: &str, error: &StoreError) {
         self.metrics.store_failures.increment(1);
         if self.away.fetch_or(witness as u8, Ordering::Relaxed) == 0 {
+            self.begun.fetch_add(1, Ordering::Release);
             tracing::warn!(%error, "the store is away: {work} must wait; nothing that ended is forgotten");
         } else {
             tracing::debug!(%error, "{work} must wait: the store is still away");
@@ -65,6 +73,13 @@ impl Outage {
     #[must_use]
     pub fn is_away(&self) -> bool {
         self.away.load(Ordering::Relaxed) != 0
+    }
+
+    /// How often the store went away so far. Also a trouble that is told and over within a moment may have lasted: it is
+    /// told when a call has waited for its deadline.
+    #[must_use]
+    pub fn begun(&self) -> usize {
+        self.begun.load(Ordering::Acquire)
     }
 
     /// Notes whether the writer has anything to write.

@@ -7,7 +7,7 @@
 //! of not returning in it. It must not know agents, connections or verdicts.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -54,8 +54,8 @@ pub struct Sight {
     outage: Arc<Outage>,
     began: Tick,
     last_look: AtomicU64,
-    /// True from the first look that finds the store away until the look that notes its return.
-    troubled: AtomicBool,
+    /// How many of the store's troubles were noted: a look after it is back notes one, however short it was.
+    outages: AtomicUsize,
     /// When a newcomer was refused last, in microseconds; 0 = never.
     refused: AtomicU64,
     /// When the present run of refusals began.
@@ -71,13 +71,14 @@ impl Sight {
     pub fn new(clock: Clock, metrics: Arc<Metrics>, outage: Arc<Outage>) -> Self {
         let began = clock.tick();
         let last_look = AtomicU64::new(began.as_micros());
+        let outages = outage.begun();
         Self {
             clock,
             metrics,
             outage,
             began,
             last_look,
-            troubled: AtomicBool::new(false),
+            outages: AtomicUsize::new(outages),
             refused: AtomicU64::new(0),
             refusing_since: AtomicU64::new(0),
             noticed: AtomicUsize::new(0),
@@ -93,19 +94,21 @@ impl Sight {
         let (mut away_since, mut refusing) = (None, false);
         while stop.run_until_cancelled(tokio::time::sleep(PACE)).await.is_some() {
             let now = self.clock.tick();
-            let last = self.last_look();
+            let mut last = self.last_look();
             if now.since(last) > LATE {
                 let stopped = Blindness { from: last, until: now, deaf: true };
                 self.notice(stopped, "the process was stopped or starved");
                 // What was before is noted, and no time counts twice.
                 away_since = away_since.and(Some(now));
+                last = now;
             }
+            let begun = self.outage.begun();
             if self.outage.is_away() {
                 away_since = away_since.or(Some(now));
-                self.troubled.store(true, Ordering::Release);
-            } else if let Some(from) = away_since.take() {
+            } else if begun != self.outages.load(Ordering::Relaxed) {
+                let from = away_since.take().unwrap_or(last);
                 self.notice(Blindness { from, until: now, deaf: false }, "the store was away");
-                self.troubled.store(false, Ordering::Release);
+                self.outages.store(begun, Ordering::Release);
             }
             if std::mem::replace(&mut refusing, self.is_refusing(now)) && !refusing {
                 // Whoever was refused has its whole return time from now on.
@@ -151,13 +154,17 @@ impl Sight {
         act(&mut self.past.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
+    /// True while the store is away, and until a look has noted that it was.
+    fn is_troubled(&self) -> bool {
+        self.outage.begun() != self.outages.load(Ordering::Acquire)
+    }
+
     /// True where a verdict may fall at `now`: the last look is fresh, the store is there, and
     /// whatever arrived during the last blindness had its time to be read.
     #[must_use]
     pub fn can_judge(&self, now: Tick) -> bool {
         now.since(self.last_look()) <= LATE
-            && !self.outage.is_away()
-            && !self.troubled.load(Ordering::Acquire)
+            && !self.is_troubled()
             && self.with(|past| past.back().is_none_or(|last| now >= last.until.after(SETTLE)))
     }
 
@@ -209,7 +216,7 @@ impl Sight {
     /// Since when this server sees and the store is there: its start, or the end of its last blindness.
     #[must_use]
     pub fn resumed(&self, now: Tick) -> Tick {
-        let unnoticed = now.since(self.last_look()) > LATE || self.troubled.load(Ordering::Acquire);
+        let unnoticed = now.since(self.last_look()) > LATE || self.is_troubled();
         if unnoticed { now } else { self.with(|past| past.back().map_or(self.began, |last| last.until)) }
     }
 
@@ -298,6 +305,27 @@ mod tests {
         let blind = sight.blindness_since(began);
         assert!(blind > Duration::from_millis(4_500) && blind < Duration::from_secs(6), "{blind:?}");
         assert_eq!(sight.noticed(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_trouble_that_is_told_and_over_between_two_looks_is_noted() {
+        let (sight, outage, clock) = sight();
+        let stop = CancellationToken::new();
+        let looking = Arc::clone(&sight).run(stop.clone());
+        let story = async {
+            tokio::time::sleep(PACE + PACE / 2).await;
+            outage.failed(Witness::Lease, "a call that waited for its deadline", &StoreError::Conflict);
+            outage.written(Witness::Lease);
+            assert!(!sight.can_judge(clock.tick()), "no look has noted it");
+            tokio::time::sleep(PACE).await;
+            assert_eq!(sight.noticed(), 1);
+            assert!(!sight.can_judge(clock.tick()), "what arrived meanwhile is to be read first");
+            tokio::time::sleep(SETTLE).await;
+            assert!(sight.can_judge(clock.tick()));
+            assert_eq!(sight.noticed(), 1);
+            stop.cancel();
+        };
+        tokio::join!(looking, story);
     }
 
     #[tokio::test(start_paused = true)]
