@@ -149,8 +149,9 @@ async fn seated(
     let mut session = seat.lock().await;
     let polls = |connection: &Arc<OpenConnection>| connection.transport == Transport::Http;
     let known = services.hub.get(agent).filter(polls).map(|connection| Arc::clone(&connection.link));
-    let _to_the_known = known.map(|link| Attending::to(services, link));
-    let _to_a_new = Attending::to(services, Arc::clone(&origin.link));
+    let _to_the_known = known.map(|link| Attending::since(services.clock.tick(), services, link));
+    // Who waited for its turn was not read meanwhile, either.
+    let _to_a_new = Attending::since(origin.link.last_byte(), services, Arc::clone(&origin.link));
     let exchange = exchange(services, &mut session, origin, agent, inbound).await;
     if let Exchange::Done(exchanged) = &exchange
         && exchanged.refusal.is_some()
@@ -174,9 +175,9 @@ struct Attending<'a> {
 }
 
 impl<'a> Attending<'a> {
-    fn to(services: &'a Services, link: Arc<Link>) -> Self {
+    fn since(began: Tick, services: &'a Services, link: Arc<Link>) -> Self {
         link.turn_away();
-        Self { services, link, began: services.clock.tick() }
+        Self { services, link, began }
     }
 }
 

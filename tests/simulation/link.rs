@@ -454,8 +454,8 @@ async fn seated(
     let mut session = seat.lock().await;
     let polls = |connection: &Arc<OpenConnection>| connection.transport == Transport::Http;
     let known = services.hub.get(agent).filter(polls).map(|connection| Arc::clone(&connection.link));
-    let _to_the_known = known.map(|link| Attending::to(process, link));
-    let _to_a_new = Attending::to(process, Arc::clone(&origin.link));
+    let _to_the_known = known.map(|link| Attending::since(process.services.clock.tick(), process, link));
+    let _to_a_new = Attending::since(origin.link.last_byte(), process, Arc::clone(&origin.link));
     let heard = services.clock.moment(origin.link.last_byte());
     // Not every poll is taken in its turn: where the seat was given up, who waited for it comes after later ones.
     process.truth.own(agent, |own| own.polled = own.polled.max(Some((heard, process.node_id))));
@@ -489,9 +489,9 @@ struct Attending<'a> {
 }
 
 impl<'a> Attending<'a> {
-    fn to(process: &'a Process, link: Arc<Link>) -> Self {
+    fn since(began: Tick, process: &'a Process, link: Arc<Link>) -> Self {
         link.turn_away();
-        Self { process, link, began: process.services.clock.tick() }
+        Self { process, link, began }
     }
 }
 
