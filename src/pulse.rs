@@ -334,6 +334,12 @@ impl Pulse {
         self.with(|beat| beat.heard.is_none_or(|last| last == number || last.wrapping_add(1) == number))
     }
 
+    /// True where the report with this number is the last one once more, or that of an agent that counts anew.
+    #[must_use]
+    pub fn is_repeated_by(&self, number: u64) -> bool {
+        self.with(|beat| beat.heard == Some(number))
+    }
+
     /// Notes what the store holds now, or needs not be told at once, and the number of the last report.
     pub fn settled(&self, number: Option<u64>, heard: Option<u64>, heartbeats: bool, quiet: bool) {
         self.with(|beat| {

@@ -149,9 +149,11 @@ impl Session {
     /// False where its row must be asked for anew: after so long, another node may be about to end it.
     async fn make_sure(&mut self, heard: Tick, number: u64) -> Result<bool, Refusal> {
         let services = &self.services;
-        let missed = self.connection.transport == Transport::Http
-            && (self.connection.pulse.missed_polls(heard) || !self.connection.pulse.is_followed_by(number))
-            && self.peers_may_be_there();
+        let pulse = &self.connection.pulse;
+        // What looks like a repetition may be the first poll after a restart that another node was told of.
+        let elsewhere =
+            pulse.missed_polls(heard) || !pulse.is_followed_by(number) || pulse.is_repeated_by(number);
+        let missed = self.connection.transport == Transport::Http && elsewhere && self.peers_may_be_there();
         if self.standing == Standing::Sure && !missed && !self.may_be_given_up() {
             return Ok(true);
         }

@@ -55,6 +55,32 @@ async fn a_living_peer_ends_what_a_killed_node_left() {
     assert_eq!(transitions["total"], 1, "it was never offline: {transitions}");
 }
 
+/// A poller that left at one node and starts again at another one, with the very report that this one heard last, is
+/// connected again at once.
+#[tokio::test]
+async fn what_looks_like_a_repetition_opens_what_was_ended_elsewhere() {
+    let Some(database) = Database::postgres().await else { return };
+    // The one that is to know of the other starts last.
+    let two = Process::start(&database, &two()).await;
+    let one = Process::start(&database, &ONE).await;
+    let mut agent = Agent::new();
+    Poller::once(&one, &agent.full()).await;
+    // By its gap, it has not missed a poll when it comes back.
+    let polled = tokio::time::Instant::now();
+    eventually("it polls every second", async || {
+        (polled.elapsed() >= std::time::Duration::from_secs(1)).then_some(())
+    })
+    .await;
+    let second = agent.full();
+    Poller::once(&one, &second).await;
+    Poller::once(&two, &agent.farewell()).await;
+    assert_eq!(one.status(agent.uid).await["status"], "offline");
+    Poller::once(&one, &second).await;
+    assert_eq!(one.status(agent.uid).await["status"], "online");
+    let rows = one.history(agent.uid).await;
+    assert_eq!(rows.len(), 2, "{rows:?}");
+}
+
 /// A node that was stopped for so long that it was taken for lost reads that, closes its links and exits.
 #[tokio::test]
 async fn a_node_that_was_taken_for_lost_exits() {
