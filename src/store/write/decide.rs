@@ -282,8 +282,8 @@ pub(super) fn welcome<'a>(
     agent: &'a LockedAgent,
     open: Option<&OpenRow>,
 ) -> Arrival<'a> {
-    // Whatever is on record for this agent came before.
-    let at = agent.updated_at.max(new.at);
+    // Whatever is on record for this agent came before; so did what was heard over a link that this one overtakes.
+    let at = agent.updated_at.max(new.at).max(agent.last_seen_at.unwrap_or_default());
     let held = open.and_then(|row| new.older.filter(|older| older.connection_id == row.id));
     let present = held.map_or(agent.sequence_num.map(i64::cast_unsigned), |older| older.number);
     let lately = agent.displaced_at.is_some_and(|displaced| at.since(displaced) <= RIVALRY);

@@ -69,6 +69,7 @@ conformance! {
         a_late_end_of_a_displaced_connection_changes_nothing(database),
         an_end_queued_ahead_of_a_newcomer_keeps_its_reason(store),
         moments_of_an_agent_never_go_back(store),
+        an_opening_that_comes_late_begins_with_the_last_proof(store),
         the_status_log_never_goes_back(database),
         two_clean_stays_are_two_rows(store),
         an_opening_done_again_is_the_same_row(database),

@@ -6,7 +6,7 @@ use opamp_server::agent::Capabilities;
 use opamp_server::agent::report::{Part, PartSet};
 use opamp_server::close::CloseReason;
 use opamp_server::store::{
-    Displaced, NewConnection, Older, Rival, Status, StatusChange, Store, Transport, Write, Written,
+    Displaced, NewConnection, Older, Rival, Sighting, Status, StatusChange, Store, Transport, Write, Written,
 };
 use serde_json::json;
 
@@ -169,6 +169,25 @@ pub(super) async fn moments_of_an_agent_never_go_back(store: Arc<dyn Store>) {
     let agent = row(&store, uid(1)).await;
     assert_eq!((agent.last_connected_at, agent.last_disconnected_at), (Some(at(130)), Some(at(120))));
     assert!(first.connection_id < fourth.connection_id);
+}
+
+/// An agent's older link may be opened after its newer one: until then it was there on the newer one.
+pub(super) async fn an_opening_that_comes_late_begins_with_the_last_proof(store: Arc<dyn Store>) {
+    let (a, b) = (Node::start(&store, "a", at(0)).await, Node::start(&store, "b", at(0)).await);
+    let newer = a.open(uid(1), at(100)).await;
+    let seen = Sighting {
+        agent: uid(1),
+        connection_id: newer.connection_id,
+        at: at(140),
+        sequence_num: Some(9),
+        poll_silence: None,
+    };
+    assert_eq!(store.update_last_seen(&[seen]).await, Ok(1));
+    let older = b.open(uid(1), at(90)).await;
+    assert_eq!(older.connected_at, at(140), "nobody was heard on it before");
+    let rows = history(&store, uid(1)).await;
+    assert_eq!((rows[0].disconnected_at, rows[0].disconnected_by), (Some(at(140)), Some(at(140))));
+    assert_true_history(&store, uid(1)).await;
 }
 
 /// The log of an agent's status is in the order of its moments, and each line begins where the one before it ended.

@@ -345,7 +345,7 @@ impl Records {
         let agent = self.agents.entry(new.agent).or_insert_with(|| Agent::new(new.at, Status::Online));
         let mut agent = agent.clone();
         let open = self.open_row(new.agent).cloned();
-        let mut at = agent.updated_at.max(new.at);
+        let mut at = agent.updated_at.max(new.at).max(agent.seen.map(|seen| seen.at).unwrap_or_default());
         let again = open.as_ref().is_some_and(|row| is_again(row, new));
         let held = new.older.filter(|older| open.as_ref().is_some_and(|row| row.id == older.connection_id));
         let present = held.map_or(agent.number(), |older| older.number);
