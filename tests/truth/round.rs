@@ -16,7 +16,7 @@ use crate::check::Evidence;
 use crate::database::{Books, Database, Kind};
 use crate::node::{Node, Place};
 use crate::record::{Content, Record, Trouble, Troubles};
-use crate::settle::{disagreements, is_home, shown};
+use crate::settle::{disagreements, is_there, shown};
 use crate::timeline::timeline;
 use crate::{faults, operator};
 
@@ -185,13 +185,16 @@ impl Stage {
         }
     }
 
+    /// Waits until everybody is connected, and the servers have everything that it is.
     async fn all_home(&mut self) {
         let deadline = Instant::now() + SETTLE;
-        while !self.records.iter().all(is_home) {
+        loop {
+            let missing = self.not_home().await;
+            if missing.is_empty() {
+                return;
+            }
             if Instant::now() > deadline {
-                let lost = (0..self.records.len()).filter(|index| !is_home(&self.records[*index]));
-                let lost: Vec<_> =
-                    lost.map(|index| (Some(index), "it cannot come home".to_owned())).collect();
+                let lost = missing.into_iter().map(|index| (Some(index), "it cannot come home".to_owned()));
                 self.found.extend(lost);
                 return;
             }
@@ -199,11 +202,32 @@ impl Stage {
         }
     }
 
+    async fn not_home(&self) -> Vec<usize> {
+        let mut missing = Vec::new();
+        for (index, record) in self.records.iter().enumerate() {
+            let (uid, acknowledged, content) = {
+                let agent = record.lock();
+                (agent.uid.to_string(), agent.acknowledged, agent.content)
+            };
+            // Where an answer was lost on its way, the server may have what it was about all the same.
+            let is_known = acknowledged == content
+                || matches!(shown(self.place(index), &uid).await, Ok(Some((shown, _))) if shown == content);
+            if !is_known || !is_there(record) {
+                missing.push(index);
+            }
+        }
+        missing
+    }
+
+    /// The node that is asked about this agent.
+    fn place(&self, agent: usize) -> &Place {
+        &self.places[agent % self.places.len()]
+    }
+
     /// Compares what is shown with what was answered; answers whose answered changes are missing, if that may be.
     async fn look_at_contents(&mut self, at_rest: bool) -> Vec<usize> {
         let mut missing = Vec::new();
         for index in 0..self.records.len() {
-            let place = &self.places[index % self.places.len()];
             let (uid, acknowledged, content) = {
                 let agent = self.records[index].lock();
                 (agent.uid.to_string(), agent.acknowledged, agent.content)
@@ -211,7 +235,7 @@ impl Stage {
             if acknowledged == Content::default() {
                 continue;
             }
-            match shown(place, &uid).await {
+            match shown(self.place(index), &uid).await {
                 Ok(Some((shown, _))) if shown.covers(acknowledged) && content.covers(shown) => {}
                 Ok(Some((shown, _))) if at_rest && content.covers(shown) && self.may_miss() => {
                     self.records[index].note(format!("shows {shown:?}, answered was {acknowledged:?}"));

@@ -104,10 +104,9 @@ fn own_end(books: &Books, id: Uuid, refused: bool) -> bool {
     })
 }
 
-/// True where every agent is connected and everything that it is was answered.
-pub(crate) fn is_home(record: &Record) -> bool {
-    let agent = record.lock();
-    matches!(whereabouts(&agent, host_now()), Whereabouts::There(..)) && agent.acknowledged == agent.content
+/// True where the agent is connected.
+pub(crate) fn is_there(record: &Record) -> bool {
+    matches!(whereabouts(&record.lock(), host_now()), Whereabouts::There(..))
 }
 
 /// What a server shows of an agent; none where it does not know it.

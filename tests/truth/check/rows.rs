@@ -89,10 +89,8 @@ fn hole(case: &Case<'_>, stay: &Stay, span: Span) -> Option<Span> {
                 return Some(gap);
             }
         }
-        if end >= reached {
-            reached = end;
-            before = Some(row);
-        }
+        reached = reached.max(end);
+        before = Some(row);
         if reached >= span.to {
             return None;
         }
@@ -103,7 +101,19 @@ fn hole(case: &Case<'_>, stay: &Stay, span: Span) -> Option<Span> {
 
 /// True where the server could not know better than that the agent was not connected after this row.
 fn is_excused(case: &Case<'_>, stay: &Stay, row: Option<&Row>, hole: Span) -> bool {
-    taken_for_lost(case, stay, row, hole.to) || stopped_between_polls(case, stay, row, hole)
+    taken_for_lost(case, stay, row, hole.to)
+        || stopped_between_polls(case, stay, row, hole)
+        || ended_elsewhere(case, stay, row, hole)
+}
+
+/// A node whose database is away answers whom it knows: that another node was told of a poller's end it cannot know.
+fn ended_elsewhere(case: &Case<'_>, stay: &Stay, row: Option<&Row>, hole: Span) -> bool {
+    case.evidence.kind == Kind::TwoNodes
+        && stay.way == Way::Http
+        && row.is_some_and(|row| row.transport == "http")
+        && case.evidence.windows.iter().any(|window| {
+            window.trouble.is_of_store() && window.is_of(stay.node) && window.overlaps(hole.from, hole.to)
+        })
 }
 
 /// The last node that lives ends polls when it stops; the next one may be up before the next poll.
