@@ -88,18 +88,19 @@ pub(in crate::store) fn select_further_stays<D>(
     query.push(" ORDER BY c.agent_id, c.connected_at, c.id LIMIT ").push_bind(i64::from(limit));
 }
 
-/// Adds the expression for the status of `agents a` at a moment; `none` where it was not known yet.
+/// Adds the expression for the status of `agents a` at a moment, or of what `of` stands for; `none` where it was not known
+/// yet.
 ///
 /// That is what the first change after it began from, and the present one where there was none.
-fn push_status<D>(query: &mut QueryBuilder<D>, at: Moment)
+fn push_status<D>(query: &mut QueryBuilder<D>, of: &str, at: Moment)
 where
     D: Dialect,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    query.push(
-        "coalesce((SELECT coalesce(s.from_status, 'none') FROM agent_status_log s WHERE s.agent_id = a.id AND s.at > ",
-    );
-    query.push_bind(at).push(" ORDER BY s.agent_id, s.at, s.id LIMIT 1), a.status)");
+    query.push(format!(
+        "coalesce((SELECT coalesce(s.from_status, 'none') FROM agent_status_log s WHERE s.agent_id = {of}.id AND s.at > "
+    ));
+    query.push_bind(at).push(format!(" ORDER BY s.agent_id, s.at, s.id LIMIT 1), {of}.status)"));
 }
 
 /// Adds the expression for what is known of the connectedness of `agents a` at a moment.
@@ -120,19 +121,51 @@ where
     query.push(format!(" ORDER BY c.agent_id DESC, c.connected_at DESC, c.id DESC LIMIT 1), '{absent}')"));
 }
 
-/// Adds the query for how many agents had which status and which state at a moment.
-pub(in crate::store) fn count_past<D>(query: &mut QueryBuilder<D>, at: Moment, watched: bool)
+/// Begins a query with `states`: of each agent its id, its present status, and its state at a moment.
+fn push_states<D>(query: &mut QueryBuilder<D>, named: &AgentFilter, at: Moment, watched: bool)
+where
+    D: Dialect,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> bool: Encode<'q, D> + Type<D>,
+    for<'q> uuid::Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    // Worked out once for each agent, not once for each mention.
+    query.push("WITH states AS MATERIALIZED (SELECT a.id, a.status, ");
+    push_state(query, at, watched);
+    query.push(" AS state");
+    from_matching(query, named);
+    // In the order in which both indexes of the past have them: each page of those is read once.
+    query.push(" ORDER BY a.id)");
+}
+
+/// Adds the expression for the status of `states e` at the same moment: who is connected is online, and is not looked up.
+fn push_status_beside_state<D>(query: &mut QueryBuilder<D>, at: Moment)
 where
     D: Dialect,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    // Worked out once for each agent, not once for each mention.
-    query.push("WITH everybody AS MATERIALIZED (SELECT ");
-    push_status(query, at);
-    query.push(" AS status, ");
-    push_state(query, at, watched);
+    query.push(format!("CASE WHEN e.state IN ('{UNKNOWN}', '{DISCONNECTED}') THEN "));
+    push_status(query, "e", at);
+    query.push(" ELSE 'online' END");
+}
+
+/// Adds the query for how many agents had which status and which state at a moment.
+pub(in crate::store) fn count_past<D>(query: &mut QueryBuilder<D>, at: Moment, watched: bool)
+where
+    D: Dialect,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> bool: Encode<'q, D> + Type<D>,
+    for<'q> uuid::Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    push_states(query, &AgentFilter { include_retired: true, ..AgentFilter::default() }, at, watched);
+    query.push(", everybody AS MATERIALIZED (SELECT ");
+    push_status_beside_state(query, at);
     query.push(
-        " AS state FROM agents a ORDER BY a.id) SELECT e.status, e.state, count(*) FROM everybody e GROUP BY e.status, e.state",
+        " AS status, e.state FROM states e) SELECT e.status, e.state, count(*) FROM everybody e GROUP BY e.status, e.state",
     );
 }
 
@@ -153,23 +186,26 @@ pub(in crate::store) fn select_past<D>(
     for<'q> uuid::Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    query.push("WITH everybody AS MATERIALIZED (SELECT a.id, ");
-    push_status(query, at);
-    query.push(" AS status");
-    if filter.connected.is_some() || filter.transport.is_some() {
-        query.push(", ");
-        push_state(query, at, watched);
-        query.push(" AS state");
-    }
     let named = AgentFilter {
         id: filter.id,
         prefix: filter.prefix.clone(),
         include_retired: true,
         ..AgentFilter::default()
     };
-    from_matching(query, &named);
-    // In the order in which both indexes of the past have them: each page of those is read once.
-    query.push(" ORDER BY a.id) SELECT t.total, p.id AS agent, p.status, (SELECT max(s.at) FROM agent_status_log s WHERE s.agent_id = p.id AND s.at <= ");
+    if filter.connected.is_some() || filter.transport.is_some() {
+        push_states(query, &named, at, watched);
+        query.push(", everybody AS MATERIALIZED (SELECT e.id, ");
+        push_status_beside_state(query, at);
+        query.push(" AS status FROM states e WHERE true");
+        push_matching_state(query, filter);
+    } else {
+        query.push("WITH everybody AS MATERIALIZED (SELECT a.id, ");
+        push_status(query, "a", at);
+        query.push(" AS status");
+        from_matching(query, &named);
+        query.push(" ORDER BY a.id");
+    }
+    query.push(") SELECT t.total, p.id AS agent, p.status, (SELECT max(s.at) FROM agent_status_log s WHERE s.agent_id = p.id AND s.at <= ");
     query.push_bind(at).push(") AS since, ").push(STAY);
     query.push(" FROM (SELECT count(*) AS total FROM everybody e");
     push_matching(query, filter);
@@ -187,7 +223,7 @@ pub(in crate::store) fn select_past<D>(
     query.push(" ORDER BY p.id");
 }
 
-/// Adds the conditions on what an agent was then.
+/// Adds the conditions on the status that an agent had then.
 fn push_matching<D>(query: &mut QueryBuilder<D>, filter: &PastFilter)
 where
     D: Dialect,
@@ -203,6 +239,14 @@ where
     } else if !filter.include_retired {
         query.push(" AND e.status <> 'retired'");
     }
+}
+
+/// Adds the conditions on how it was connected then, to a query of `states e`.
+fn push_matching_state<D>(query: &mut QueryBuilder<D>, filter: &PastFilter)
+where
+    D: Dialect,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+{
     match filter.connected {
         Some(true) => query.push(format!(" AND e.state NOT IN ('{UNKNOWN}', '{DISCONNECTED}')")),
         Some(false) => query.push(format!(" AND e.state = '{DISCONNECTED}'")),
@@ -220,7 +264,7 @@ where
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
     query.push("SELECT a.id, ");
-    push_status(query, at);
+    push_status(query, "a", at);
     query.push(" FROM agents a");
 }
 
