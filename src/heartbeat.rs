@@ -170,7 +170,7 @@ impl HeartbeatMonitor {
             return;
         }
         let polls = watched.connection.transport == Transport::Http;
-        if !self.sight.can_judge(now) || !attended || polls && self.peers.is_unsure() {
+        if !self.sight.can_judge(now) || !attended || polls && self.peers.is_unsure(now) {
             self.deadlines.insert(watched, UNSURE);
             return;
         }

@@ -107,7 +107,9 @@ impl Lease {
         if gone || !lost.is_empty() {
             self.peers.note_loss(now);
         }
-        self.peers.note(now, some, !lost.is_empty() || watching.is_unsure(now));
+        // Two renewals late, and somebody else may be as well.
+        let known_until = now.after(self.length * 2 / 3);
+        self.peers.note(now, known_until, some, !lost.is_empty() || watching.is_unsure(now));
         Ok(Some(lost))
     }
 

@@ -105,7 +105,11 @@ impl Session {
             spare: (!is_legacy(&report.instance_uid)).then(InstanceUid::generate),
             // Who is about to be lost may have heard it and told nobody.
             poll_grace: services.watch.poll_grace(),
-            peer_lost: if services.peers.is_unsure() { Some(heard) } else { services.peers.lost_at() },
+            peer_lost: if services.peers.is_unsure(services.clock.tick()) {
+                Some(heard)
+            } else {
+                services.peers.lost_at()
+            },
         };
         let (mut opened, told) = match services.history.open(opening).await? {
             Opens::Connection { opened, told } => (opened, told),
@@ -166,8 +170,9 @@ impl Session {
             // Who was away for longer than its time comes like a newcomer.
             return if late { Err(unavailable()) } else { Ok(true) };
         }
-        if late || !self.connection.pulse.is_followed_by(number) {
-            // Until that is done, nothing is sure. Who was elsewhere has its number on record.
+        if late || self.is_read_late(heard) || !self.connection.pulse.is_followed_by(number) {
+            // Until that is done, nothing is sure. Who was elsewhere has its number on record. And of whom this node could
+            // not hear for a while another one is told now, before it concludes that nobody did.
             self.standing = Standing::Doubtful;
             return Ok(false);
         }
