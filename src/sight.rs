@@ -24,6 +24,9 @@ const PACE: Duration = Duration::from_millis(200);
 /// A look that comes later than this is a blindness.
 const LATE: Duration = Duration::from_secs(1);
 
+/// Why a server is blind that is not stopped.
+const AWAY: &str = "the store was away";
+
 /// How long what arrived during a blindness has to be read before anybody is judged.
 const SETTLE: Duration = Duration::from_secs(1);
 
@@ -96,10 +99,13 @@ impl Sight {
             let now = self.clock.tick();
             let mut last = self.last_look();
             if now.since(last) > LATE {
+                // Each by itself, so that no time is forgotten and none counts twice.
+                if let Some(from) = away_since {
+                    self.notice(Blindness { from, until: last, deaf: false }, AWAY);
+                    away_since = Some(now);
+                }
                 let stopped = Blindness { from: last, until: now, deaf: true };
                 self.notice(stopped, "the process was stopped or starved");
-                // What was before is noted, and no time counts twice.
-                away_since = away_since.and(Some(now));
                 last = now;
             }
             let begun = self.outage.begun();
@@ -107,7 +113,7 @@ impl Sight {
                 away_since = away_since.or(Some(now));
             } else if begun != self.outages.load(Ordering::Relaxed) {
                 let from = away_since.take().unwrap_or(last);
-                self.notice(Blindness { from, until: now, deaf: false }, "the store was away");
+                self.notice(Blindness { from, until: now, deaf: false }, AWAY);
                 self.outages.store(begun, Ordering::Release);
             }
             if std::mem::replace(&mut refusing, self.is_refusing(now)) && !refusing {
@@ -305,6 +311,27 @@ mod tests {
         let blind = sight.blindness_since(began);
         assert!(blind > Duration::from_millis(4_500) && blind < Duration::from_secs(6), "{blind:?}");
         assert_eq!(sight.noticed(), 1);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_stop_while_the_store_is_away_leaves_no_part_of_that_out() {
+        let (sight, outage, clock) = sight();
+        let stop = CancellationToken::new();
+        let looking = Arc::clone(&sight).run(stop.clone());
+        let began = clock.tick();
+        let story = async {
+            outage.failed(Witness::Lease, "a test", &StoreError::Conflict);
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            // The clock jumps: nobody looks meanwhile.
+            tokio::time::advance(Duration::from_secs(10)).await;
+            tokio::time::sleep(Duration::from_secs(5)).await;
+            outage.written(Witness::Lease);
+            tokio::time::sleep(PACE * 2).await;
+            stop.cancel();
+        };
+        tokio::join!(looking, story);
+        let blind = sight.blindness_since(began);
+        assert!(blind > Duration::from_secs(19) && blind < Duration::from_secs(21), "{blind:?}");
     }
 
     #[tokio::test(start_paused = true)]
