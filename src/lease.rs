@@ -107,7 +107,7 @@ impl Lease {
         if gone || !lost.is_empty() {
             self.peers.note_loss(now);
         }
-        // Two renewals late, and somebody else may be as well.
+        // Two renewals are due by then: what holds them up may hold up the others as well.
         let known_until = now.after(self.length * 2 / 3);
         self.peers.note(now, known_until, some, !lost.is_empty() || watching.is_unsure(now));
         Ok(Some(lost))
