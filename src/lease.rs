@@ -93,11 +93,12 @@ impl Lease {
             return Ok(None);
         }
         self.outage.written(Witness::Lease);
-        // Beside each other: a store that hangs is noticed after one deadline, not after two.
-        let (named, peers) =
-            tokio::join!(self.store.lock_node_name(&self.name), self.store.list_peers(self.node_id));
+        // Beside each other, so that a store that hangs is noticed after one deadline; and the name, which has a connection
+        // of its own, must not hold up the renewals.
+        let name = tokio::time::timeout(self.length / 3, self.store.lock_node_name(&self.name));
+        let (named, peers) = tokio::join!(name, self.store.list_peers(self.node_id));
         // A database that was restarted has forgotten who holds the name.
-        if !named.unwrap_or(true) {
+        if named == Ok(Ok(false)) {
             tracing::warn!(name = self.name, "another opamp-server has taken the name of this node");
         }
         let peers = peers?;

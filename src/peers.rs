@@ -24,10 +24,11 @@ impl Peers {
     /// Notes what was seen of them at `now`: whether there are any, and whether one of them does not reach the store.
     /// After `known_until`, nobody knows that any more.
     pub fn note(&self, now: Tick, known_until: Tick, some: bool, unsure: bool) {
-        self.seen_at.store(now.as_micros(), Ordering::Relaxed);
-        self.known_until.store(known_until.as_micros(), Ordering::Relaxed);
         self.some.store(some, Ordering::Relaxed);
         self.unsure.store(unsure, Ordering::Relaxed);
+        self.seen_at.store(now.as_micros(), Ordering::Relaxed);
+        // Last: nobody takes what was seen before for fresh.
+        self.known_until.store(known_until.as_micros(), Ordering::Release);
     }
 
     /// Notes that one went, in whatever way.
@@ -45,7 +46,7 @@ impl Peers {
     /// True while one of them may hear polls and not tell the store: it was seen, or nobody could look for a while.
     #[must_use]
     pub fn is_unsure(&self, now: Tick) -> bool {
-        let stale = now > Tick::from_micros(self.known_until.load(Ordering::Relaxed));
+        let stale = now > Tick::from_micros(self.known_until.load(Ordering::Acquire));
         self.unsure.load(Ordering::Relaxed) || stale && self.some.load(Ordering::Relaxed)
     }
 

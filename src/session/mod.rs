@@ -63,6 +63,8 @@ enum Standing {
     Sure,
     /// It may have polled elsewhere; it came back within its time.
     Unsure,
+    /// Another node may conclude that it was silent: a poll of it was read late, and the store is to be told.
+    Untold,
     /// It was away for longer than that, and nobody could say so far.
     Doubtful,
 }
@@ -141,7 +143,7 @@ impl Session {
         };
         if opened.continued && session.is_read_late(heard) {
             // On record it is as silent as before: whoever judges it now is told by its next poll, not by the flush.
-            session.standing = Standing::Doubtful;
+            session.standing = Standing::Untold;
         }
         session.services.hub.enter(&session.connection);
         session.services.watch.over(Arc::clone(&session.connection), Tick::default()).await;
@@ -166,14 +168,19 @@ impl Session {
             || self.connection.proof(&services.sight, heard) > self.deadline();
         if services.outage.is_away() {
             // A poll that is refused counts as a sign of life, and makes nothing sure.
-            self.standing = if late { Standing::Doubtful } else { Standing::Unsure };
+            self.standing = match self.standing {
+                _ if late => Standing::Doubtful,
+                Standing::Untold => Standing::Untold,
+                Standing::Sure | Standing::Unsure | Standing::Doubtful => Standing::Unsure,
+            };
             // Who was away for longer than its time comes like a newcomer.
             return if late { Err(unavailable()) } else { Ok(true) };
         }
-        if late || self.is_read_late(heard) || !self.connection.pulse.is_followed_by(number) {
+        let doubtful = late || !self.connection.pulse.is_followed_by(number);
+        if doubtful || self.standing == Standing::Untold || self.is_read_late(heard) {
             // Until that is done, nothing is sure. Who was elsewhere has its number on record. And of whom this node could
             // not hear for a while another one is told now, before it concludes that nobody did.
-            self.standing = Standing::Doubtful;
+            self.standing = if doubtful { Standing::Doubtful } else { Standing::Untold };
             return Ok(false);
         }
         let on_record = self.is_on_record().await;

@@ -166,7 +166,8 @@ where
             "SELECT id, name, renewed_at, lease_ms FROM nodes WHERE ended_at IS NULL AND id <> $1 ORDER BY id",
         );
         let peers: Vec<(Uuid, String, Moment, i64)> =
-            bounded(async { query.bind(node).fetch_all(&self.readers).await.map_err(failure::<D>) }).await?;
+            // Beside the renewals, so that many readers are not taken for a store that is away.
+            bounded(async { query.bind(node).fetch_all(&self.writers).await.map_err(failure::<D>) }).await?;
         let peer = |(id, name, renewed_at, lease_ms): (Uuid, String, Moment, i64)| {
             let lease = Duration::from_millis(lease_ms.unsigned_abs());
             Peer { id, name, renewed_at, lease }

@@ -283,10 +283,11 @@ pub(super) fn welcome<'a>(
     open: Option<&OpenRow>,
 ) -> Arrival<'a> {
     // Whatever is on record for this agent came before; so did what was heard over a link that this one overtakes.
-    let at = agent.updated_at.max(new.at).max(agent.last_seen_at.unwrap_or_default());
+    let came = agent.updated_at.max(new.at);
+    let at = came.max(agent.last_seen_at.unwrap_or_default());
     let held = open.and_then(|row| new.older.filter(|older| older.connection_id == row.id));
     let present = held.map_or(agent.sequence_num.map(i64::cast_unsigned), |older| older.number);
-    let lately = agent.displaced_at.is_some_and(|displaced| at.since(displaced) <= RIVALRY);
+    let lately = agent.displaced_at.is_some_and(|displaced| came.since(displaced) <= RIVALRY);
     let returns = lately && continues_the_displaced(agent, new.number);
     if let (Some(row), Some(spare), true) = (open, new.spare, returns)
         && !row.is_of(new)

@@ -345,12 +345,13 @@ impl Records {
         let agent = self.agents.entry(new.agent).or_insert_with(|| Agent::new(new.at, Status::Online));
         let mut agent = agent.clone();
         let open = self.open_row(new.agent).cloned();
-        let mut at = agent.updated_at.max(new.at).max(agent.seen.map(|seen| seen.at).unwrap_or_default());
+        let came = agent.updated_at.max(new.at);
+        let mut at = came.max(agent.seen.map(|seen| seen.at).unwrap_or_default());
         let again = open.as_ref().is_some_and(|row| is_again(row, new));
         let held = new.older.filter(|older| open.as_ref().is_some_and(|row| row.id == older.connection_id));
         let present = held.map_or(agent.number(), |older| older.number);
         let returns = agent.displaced.is_some_and(|(when, number)| {
-            at.since(when) <= RIVALRY && number.is_some_and(|number| number.wrapping_add(1) == new.number)
+            came.since(when) <= RIVALRY && number.is_some_and(|number| number.wrapping_add(1) == new.number)
         });
         if let (Some(spare), true, true, false) = (new.spare, open.is_some(), returns, again)
             && is_another(&agent, present)

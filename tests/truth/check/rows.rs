@@ -112,7 +112,10 @@ fn ended_elsewhere(case: &Case<'_>, stay: &Stay, row: Option<&Row>, hole: Span) 
         && stay.way == Way::Http
         && row.is_some_and(|row| row.transport == "http")
         && case.evidence.windows.iter().any(|window| {
-            window.trouble.is_of_store() && window.is_of(stay.node) && window.overlaps(hole.from, hole.to)
+            window.trouble.is_of_store()
+                && window.is_of(stay.node)
+                && window.overlaps(hole.from, hole.to)
+                && window.to.is_none_or(|to| hole.to <= to.after(EARLIEST))
         })
 }
 
