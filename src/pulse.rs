@@ -328,10 +328,10 @@ impl Pulse {
         })
     }
 
-    /// True where the report with this number follows the last one, or is it once more.
+    /// True where the report with this number follows the last one; the first one of all does, whatever its number.
     #[must_use]
     pub fn is_followed_by(&self, number: u64) -> bool {
-        self.with(|beat| beat.heard.is_none_or(|last| last == number || last.wrapping_add(1) == number))
+        self.with(|beat| beat.heard.is_none_or(|last| last.wrapping_add(1) == number))
     }
 
     /// True where the report with this number is the last one once more, or that of an agent that counts anew.

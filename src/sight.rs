@@ -257,6 +257,17 @@ mod tests {
         (Arc::new(Sight::new(clock.clone(), metrics, Arc::clone(&outage))), outage, clock)
     }
 
+    /// Plays a story while somebody looks.
+    async fn beside_looks(sight: &Arc<Sight>, story: impl Future<Output = ()>) {
+        let stop = CancellationToken::new();
+        let looking = Arc::clone(sight).run(stop.clone());
+        let story = async {
+            story.await;
+            stop.cancel();
+        };
+        tokio::join!(looking, story);
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_late_look_is_a_blindness_and_nobody_is_judged_before_it_is_noticed() {
         let (sight, _, clock) = sight();
@@ -295,8 +306,6 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_store_that_is_away_blinds_until_it_is_back() {
         let (sight, outage, clock) = sight();
-        let stop = CancellationToken::new();
-        let looking = Arc::clone(&sight).run(stop.clone());
         let began = clock.tick();
         let story = async {
             outage.failed(Witness::Lease, "a test", &StoreError::Conflict);
@@ -305,9 +314,8 @@ mod tests {
             outage.written(Witness::Lease);
             tokio::time::sleep(PACE * 2 + SETTLE).await;
             assert!(sight.can_judge(clock.tick()));
-            stop.cancel();
         };
-        tokio::join!(looking, story);
+        beside_looks(&sight, story).await;
         let blind = sight.blindness_since(began);
         assert!(blind > Duration::from_millis(4_500) && blind < Duration::from_secs(6), "{blind:?}");
         assert_eq!(sight.noticed(), 1);
@@ -316,8 +324,6 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_stop_while_the_store_is_away_leaves_no_part_of_that_out() {
         let (sight, outage, clock) = sight();
-        let stop = CancellationToken::new();
-        let looking = Arc::clone(&sight).run(stop.clone());
         let began = clock.tick();
         let story = async {
             outage.failed(Witness::Lease, "a test", &StoreError::Conflict);
@@ -327,9 +333,8 @@ mod tests {
             tokio::time::sleep(Duration::from_secs(5)).await;
             outage.written(Witness::Lease);
             tokio::time::sleep(PACE * 2).await;
-            stop.cancel();
         };
-        tokio::join!(looking, story);
+        beside_looks(&sight, story).await;
         let blind = sight.blindness_since(began);
         assert!(blind > Duration::from_secs(19) && blind < Duration::from_secs(21), "{blind:?}");
     }
@@ -337,8 +342,6 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_trouble_that_is_told_and_over_between_two_looks_is_noted() {
         let (sight, outage, clock) = sight();
-        let stop = CancellationToken::new();
-        let looking = Arc::clone(&sight).run(stop.clone());
         let story = async {
             tokio::time::sleep(PACE + PACE / 2).await;
             outage.failed(Witness::Lease, "a call that waited for its deadline", &StoreError::Conflict);
@@ -350,16 +353,13 @@ mod tests {
             tokio::time::sleep(SETTLE).await;
             assert!(sight.can_judge(clock.tick()));
             assert_eq!(sight.noticed(), 1);
-            stop.cancel();
         };
-        tokio::join!(looking, story);
+        beside_looks(&sight, story).await;
     }
 
     #[tokio::test(start_paused = true)]
     async fn between_a_return_of_the_store_and_the_look_that_notes_it_nobody_is_judged() {
         let (sight, outage, clock) = sight();
-        let stop = CancellationToken::new();
-        let looking = Arc::clone(&sight).run(stop.clone());
         let story = async {
             outage.failed(Witness::Lease, "a test", &StoreError::Conflict);
             tokio::time::sleep(PACE + PACE / 2).await;
@@ -367,16 +367,13 @@ mod tests {
             assert!(!sight.can_judge(clock.tick()));
             tokio::time::sleep(PACE).await;
             assert!(!sight.can_judge(clock.tick()), "what arrived meanwhile is to be read first");
-            stop.cancel();
         };
-        tokio::join!(looking, story);
+        beside_looks(&sight, story).await;
     }
 
     #[tokio::test(start_paused = true)]
     async fn who_was_refused_is_not_accused_of_staying_away() {
         let (sight, _, clock) = sight();
-        let stop = CancellationToken::new();
-        let looking = Arc::clone(&sight).run(stop.clone());
         let story = async {
             sight.refuse(clock.tick());
             tokio::time::sleep(COMING_BACK).await;
@@ -390,9 +387,8 @@ mod tests {
                 tokio::time::sleep(Duration::from_mins(1)).await;
             }
             assert!(sight.can_conclude(clock.tick()), "a server that is full for good excuses nobody");
-            stop.cancel();
         };
-        tokio::join!(looking, story);
+        beside_looks(&sight, story).await;
     }
 
     #[test]

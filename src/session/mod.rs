@@ -154,12 +154,13 @@ impl Session {
     /// Makes sure that a poller which may have been at another node since its last poll here still has its row.
     /// False where its row must be asked for anew: after so long, another node may be about to end it.
     async fn make_sure(&mut self, heard: Tick, number: u64) -> Result<bool, Refusal> {
-        let services = &self.services;
-        let pulse = &self.connection.pulse;
+        if self.connection.transport != Transport::Http {
+            return Ok(true);
+        }
+        let (services, pulse) = (&self.services, &self.connection.pulse);
         // What looks like a repetition may be the first poll after a restart that another node was told of.
-        let elsewhere =
-            pulse.missed_polls(heard) || !pulse.is_followed_by(number) || pulse.is_repeated_by(number);
-        let missed = self.connection.transport == Transport::Http && elsewhere && self.peers_may_be_there();
+        let follows = pulse.is_followed_by(number);
+        let missed = (!follows || pulse.missed_polls(heard)) && self.peers_may_be_there();
         if self.standing == Standing::Sure && !missed && !self.may_be_given_up() {
             return Ok(true);
         }
@@ -176,7 +177,7 @@ impl Session {
             // Who was away for longer than its time comes like a newcomer.
             return if late { Err(unavailable()) } else { Ok(true) };
         }
-        let doubtful = late || !self.connection.pulse.is_followed_by(number);
+        let doubtful = late || !(follows || pulse.is_repeated_by(number));
         if doubtful || self.standing == Standing::Untold || self.is_read_late(heard) {
             // Until that is done, nothing is sure. Who was elsewhere has its number on record. And of whom this node could
             // not hear for a while another one is told now, before it concludes that nobody did.
@@ -211,8 +212,7 @@ impl Session {
     /// reach the store, nobody else heard of them.
     fn may_be_given_up(&self) -> bool {
         let Services { peers, sight, clock, .. } = &*self.services;
-        self.connection.transport == Transport::Http
-            && sight.resumed(clock.tick()) > self.sure_at
+        sight.resumed(clock.tick()) > self.sure_at
             && (self.peers_may_be_there() || peers.lost_at().is_some_and(|lost| lost > self.sure_at))
     }
 

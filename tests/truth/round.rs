@@ -210,9 +210,11 @@ impl Stage {
                 (agent.uid.to_string(), agent.acknowledged, agent.content)
             };
             // Where an answer was lost on its way, the server may have what it was about all the same.
-            let is_known = acknowledged == content
-                || matches!(shown(self.place(index), &uid).await, Ok(Some((shown, _))) if shown == content);
-            if !is_known || !is_there(record) {
+            let is_known = async || {
+                acknowledged == content
+                    || matches!(shown(self.place(index), &uid).await, Ok(Some((shown, _))) if shown == content)
+            };
+            if !is_there(record) || !is_known().await {
                 missing.push(index);
             }
         }

@@ -121,23 +121,16 @@ where
     query.push(format!(" ORDER BY c.agent_id DESC, c.connected_at DESC, c.id DESC LIMIT 1), '{absent}')"));
 }
 
-/// Begins a query with `states`: of each agent its id, its present status, and its state at a moment.
-fn push_states<D>(query: &mut QueryBuilder<D>, named: &AgentFilter, at: Moment, watched: bool)
+/// Begins a query with `states`: of each of the agents that are still to be named, its id, its present status, and its
+/// state at a moment. Worked out once for each, not once for each mention.
+fn push_states<D>(query: &mut QueryBuilder<D>, at: Moment, watched: bool)
 where
     D: Dialect,
-    for<'q> String: Encode<'q, D> + Type<D>,
-    for<'q> &'q str: Encode<'q, D> + Type<D>,
-    for<'q> bool: Encode<'q, D> + Type<D>,
-    for<'q> uuid::Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    // Worked out once for each agent, not once for each mention.
     query.push("WITH states AS MATERIALIZED (SELECT a.id, a.status, ");
     push_state(query, at, watched);
     query.push(" AS state");
-    from_matching(query, named);
-    // In the order in which both indexes of the past have them: each page of those is read once.
-    query.push(" ORDER BY a.id)");
 }
 
 /// Adds the expression for the status of `states e` at the same moment: who is connected is online, and is not looked up.
@@ -155,14 +148,10 @@ where
 pub(in crate::store) fn count_past<D>(query: &mut QueryBuilder<D>, at: Moment, watched: bool)
 where
     D: Dialect,
-    for<'q> String: Encode<'q, D> + Type<D>,
-    for<'q> &'q str: Encode<'q, D> + Type<D>,
-    for<'q> bool: Encode<'q, D> + Type<D>,
-    for<'q> uuid::Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    push_states(query, &AgentFilter { include_retired: true, ..AgentFilter::default() }, at, watched);
-    query.push(", everybody AS MATERIALIZED (SELECT ");
+    push_states(query, at, watched);
+    query.push(" FROM agents a ORDER BY a.id), everybody AS MATERIALIZED (SELECT ");
     push_status_beside_state(query, at);
     query.push(
         " AS status, e.state FROM states e) SELECT e.status, e.state, count(*) FROM everybody e GROUP BY e.status, e.state",
@@ -192,20 +181,25 @@ pub(in crate::store) fn select_past<D>(
         include_retired: true,
         ..AgentFilter::default()
     };
-    if filter.connected.is_some() || filter.transport.is_some() {
-        push_states(query, &named, at, watched);
-        query.push(", everybody AS MATERIALIZED (SELECT e.id, ");
-        push_status_beside_state(query, at);
-        query.push(" AS status FROM states e WHERE true");
-        push_matching_state(query, filter);
+    let by_state = filter.connected.is_some() || filter.transport.is_some();
+    if by_state {
+        push_states(query, at, watched);
     } else {
         query.push("WITH everybody AS MATERIALIZED (SELECT a.id, ");
         push_status(query, "a", at);
         query.push(" AS status");
-        from_matching(query, &named);
-        query.push(" ORDER BY a.id");
     }
-    query.push(") SELECT t.total, p.id AS agent, p.status, (SELECT max(s.at) FROM agent_status_log s WHERE s.agent_id = p.id AND s.at <= ");
+    from_matching(query, &named);
+    // In the order in which both indexes of the past have them: each page of those is read once.
+    query.push(" ORDER BY a.id)");
+    if by_state {
+        query.push(", everybody AS MATERIALIZED (SELECT e.id, ");
+        push_status_beside_state(query, at);
+        query.push(" AS status FROM states e WHERE true");
+        push_matching_state(query, filter);
+        query.push(")");
+    }
+    query.push(" SELECT t.total, p.id AS agent, p.status, (SELECT max(s.at) FROM agent_status_log s WHERE s.agent_id = p.id AND s.at <= ");
     query.push_bind(at).push(") AS since, ").push(STAY);
     query.push(" FROM (SELECT count(*) AS total FROM everybody e");
     push_matching(query, filter);
