@@ -133,6 +133,10 @@ impl Dialect for Postgres {
             include_str!("../../migrations/postgres/0002_time_travel.up.sql"),
             include_str!("../../migrations/postgres/0002_time_travel.down.sql"),
         ),
+        (
+            include_str!("../../migrations/postgres/0003_known.up.sql"),
+            include_str!("../../migrations/postgres/0003_known.down.sql"),
+        ),
     ];
     const TABLE_EXISTS: &'static str =
         "SELECT count(*) FROM pg_tables WHERE schemaname = current_schema() AND tablename = $1";
@@ -212,6 +216,10 @@ impl Dialect for Sqlite {
         (
             include_str!("../../migrations/sqlite/0002_time_travel.up.sql"),
             include_str!("../../migrations/sqlite/0002_time_travel.down.sql"),
+        ),
+        (
+            include_str!("../../migrations/sqlite/0003_known.up.sql"),
+            include_str!("../../migrations/sqlite/0003_known.down.sql"),
         ),
     ];
     const TABLE_EXISTS: &'static str =

@@ -1,7 +1,8 @@
 //! The statements of questions about the past.
 //!
 //! One index holds each agent's rows by when they began, another its changes of status, both with what decides: an
-//! agent as of a moment costs one step into each, however long its history is.
+//! agent as of a moment costs one step into each, however long its history is. Where nothing is asked but who was known,
+//! a third holds the few changes that decide that, and the steps are taken for one page only.
 
 use std::time::Duration;
 
@@ -175,38 +176,19 @@ pub(in crate::store) fn select_past<D>(
     for<'q> uuid::Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    let named = AgentFilter {
-        id: filter.id,
-        prefix: filter.prefix.clone(),
-        include_retired: true,
-        ..AgentFilter::default()
-    };
-    let by_state = filter.connected.is_some() || filter.transport.is_some();
-    if by_state {
-        push_states(query, at, watched);
-    } else {
-        query.push("WITH everybody AS MATERIALIZED (SELECT a.id, ");
-        push_status(query, "a", at);
-        query.push(" AS status");
+    let selection = push_selection(query, filter, at, watched);
+    query.push(" SELECT t.total, p.id AS agent, ");
+    match selection {
+        Selection::Known => push_status(query, "p", at),
+        Selection::Matching => _ = query.push("p.status"),
     }
-    from_matching(query, &named);
-    // In the order in which both indexes of the past have them: each page of those is read once.
-    query.push(" ORDER BY a.id)");
-    if by_state {
-        query.push(", everybody AS MATERIALIZED (SELECT e.id, ");
-        push_status_beside_state(query, at);
-        query.push(" AS status FROM states e WHERE true");
-        push_matching_state(query, filter);
-        query.push(")");
-    }
-    query.push(" SELECT t.total, p.id AS agent, p.status, (SELECT max(s.at) FROM agent_status_log s WHERE s.agent_id = p.id AND s.at <= ");
+    query.push(" AS status, (SELECT max(s.at) FROM agent_status_log s WHERE s.agent_id = p.id AND s.at <= ");
     query.push_bind(at).push(") AS since, ").push(STAY);
-    query.push(" FROM (SELECT count(*) AS total FROM everybody e");
-    push_matching(query, filter);
-    query.push(") t LEFT JOIN (SELECT e.id, e.status FROM everybody e");
-    push_matching(query, filter);
+    query.push(
+        " FROM (SELECT count(*) AS total FROM everybody) t LEFT JOIN (SELECT e.id, e.status FROM everybody e",
+    );
     if let Some(after) = page.after {
-        query.push(" AND e.id > ").push_bind(after.as_uuid());
+        query.push(" WHERE e.id > ").push_bind(after.as_uuid());
     }
     query.push(" ORDER BY e.id LIMIT ").push_bind(i64::from(page.limit));
     query.push(
@@ -215,6 +197,82 @@ pub(in crate::store) fn select_past<D>(
     );
     query.push_bind(at).push(" ORDER BY w.agent_id DESC, w.connected_at DESC, w.id DESC LIMIT 1)");
     query.push(" ORDER BY p.id");
+}
+
+/// What `everybody` holds beside the ids of the agents that match.
+enum Selection {
+    /// Their present status: what was then is still to be looked up, of those on the page only.
+    Known,
+    /// Their status then, which they were picked by.
+    Matching,
+}
+
+/// Begins a query with `everybody`: the agents that match as of a moment.
+fn push_selection<D>(query: &mut QueryBuilder<D>, filter: &PastFilter, at: Moment, watched: bool) -> Selection
+where
+    D: Dialect,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> bool: Encode<'q, D> + Type<D>,
+    for<'q> i64: Encode<'q, D> + Type<D>,
+    for<'q> uuid::Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    let by_state = filter.connected.is_some() || filter.transport.is_some();
+    if !by_state && filter.id.is_none() && filter.prefix.is_none() && filter.statuses.is_empty() {
+        push_known(query, at, filter.include_retired);
+        return Selection::Known;
+    }
+    let named = AgentFilter {
+        id: filter.id,
+        prefix: filter.prefix.clone(),
+        include_retired: true,
+        ..AgentFilter::default()
+    };
+    if by_state {
+        push_states(query, at, watched);
+    } else {
+        query.push("WITH states AS MATERIALIZED (SELECT a.id, ");
+        push_status(query, "a", at);
+        query.push(" AS status");
+    }
+    from_matching(query, &named);
+    // In the order in which both indexes of the past have them: each page of those is read once.
+    query.push(" ORDER BY a.id)");
+    if by_state {
+        query.push(", matching AS MATERIALIZED (SELECT e.id, ");
+        push_status_beside_state(query, at);
+        query.push(" AS status FROM states e WHERE true");
+        push_matching_state(query, filter);
+        query.push(")");
+    }
+    let matching = if by_state { "matching" } else { "states" };
+    query.push(", everybody AS NOT MATERIALIZED (SELECT e.id, e.status FROM ").push(matching).push(" e");
+    push_matching(query, filter);
+    query.push(")");
+    Selection::Matching
+}
+
+/// Begins a query with `everybody` who was known at a moment, and was not retired unless those are wanted too, with their
+/// present status.
+///
+/// Nobody's status then is looked up but that of those who were ever retired: who came later is found by the change that
+/// began from nothing.
+fn push_known<D>(query: &mut QueryBuilder<D>, at: Moment, include_retired: bool)
+where
+    D: Dialect,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query.push("WITH absent AS MATERIALIZED (SELECT s.agent_id AS id FROM agent_status_log s WHERE s.from_status IS NULL AND s.at > ");
+    query.push_bind(at);
+    if !include_retired {
+        query.push(" UNION SELECT r.id FROM (SELECT a.id, a.status FROM agents a WHERE a.status = 'retired'");
+        query.push(" UNION SELECT a.id, a.status FROM agent_status_log s JOIN agents a ON a.id = s.agent_id WHERE s.from_status = 'retired' AND s.at > ");
+        query.push_bind(at).push(") r WHERE ");
+        push_status(query, "r", at);
+        query.push(" = 'retired'");
+    }
+    query.push("), everybody AS MATERIALIZED (SELECT a.id, a.status FROM agents a LEFT JOIN absent n ON n.id = a.id WHERE n.id IS NULL)");
 }
 
 /// Adds the conditions on the status that an agent had then.

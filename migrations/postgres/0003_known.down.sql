@@ -1,0 +1,2 @@
+DROP INDEX agent_status_log_known;
+DELETE FROM schema_versions WHERE version = 3;
