@@ -66,21 +66,29 @@ pub(crate) fn micros(duration: Duration) -> i64 {
 
 impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let nanos = i128::from(self.0) * 1_000;
-        let Ok(at) = OffsetDateTime::from_unix_timestamp_nanos(nanos) else {
+        let at = OffsetDateTime::from_unix_timestamp(self.0.div_euclid(1_000_000)).ok();
+        let Some((at, year)) = at.and_then(|at| Some((at, u16::try_from(at.year()).ok()?))) else {
             return write!(f, "{}us", self.0);
         };
-        write!(
-            f,
-            "{:04}-{:02}-{:02}T{:02}:{:02}:{:02}.{:03}Z",
-            at.year(),
-            u8::from(at.month()),
-            at.day(),
-            at.hour(),
-            at.minute(),
-            at.second(),
-            at.millisecond()
-        )
+        let millis = u16::try_from(self.0.rem_euclid(1_000_000) / 1_000).unwrap_or_default();
+        // A page of a thousand agents has six thousand of them: `write!` takes a tenth of the answer's time.
+        let mut text = *b"0000-00-00T00:00:00.000Z";
+        let fields = [
+            (0..4, year),
+            (5..7, u8::from(at.month()).into()),
+            (8..10, at.day().into()),
+            (11..13, at.hour().into()),
+            (14..16, at.minute().into()),
+            (17..19, at.second().into()),
+            (20..23, millis),
+        ];
+        for (place, mut value) in fields {
+            for digit in text[place].iter_mut().rev() {
+                *digit += u8::try_from(value % 10).unwrap_or_default();
+                value /= 10;
+            }
+        }
+        f.write_str(str::from_utf8(&text).unwrap_or_default())
     }
 }
 
@@ -230,6 +238,15 @@ mod tests {
     fn a_moment_is_rfc3339_with_milliseconds_and_reads_any_offset() {
         let moment = Moment::from_micros(1_769_830_920_123_456);
         assert_eq!(moment.to_string(), "2026-01-31T03:42:00.123Z");
+        assert_eq!(Moment::from_micros(-1).to_string(), "1969-12-31T23:59:59.999Z");
+        for text in ["0000-01-01T00:00:00.000Z", "9999-12-31T23:59:59.999Z"] {
+            assert_eq!(
+                Moment::parse(text).unwrap().to_string(),
+                text,
+                "the first and the last that have a text"
+            );
+        }
+        assert_eq!(Moment::from_micros(i64::MAX).to_string(), format!("{}us", i64::MAX));
         assert_eq!(
             Moment::parse("2026-01-31T05:42:00.123456+02:00"),
             Some(moment),

@@ -114,12 +114,10 @@ where
     ) -> Result<Page<ConnectionRow>, StoreError> {
         let mut count = QueryBuilder::new("");
         count_connections(&mut count, agent, filter);
-        let total: i64 = count.build_query_scalar().fetch_one(&self.readers).await.map_err(failure::<D>)?;
         let mut query = QueryBuilder::new("");
         let further = PageRequest { limit: page.limit + 1, ..page };
         select_connections(&mut query, agent, filter, further);
-        let items = query.build_query_as().fetch_all(&self.readers).await.map_err(failure::<D>)?;
-        Ok(Page::cut(items, page.limit, total))
+        self.counted_page(count, query, page.limit).await
     }
 
     pub(super) async fn polled_connections(&self) -> Result<Vec<PolledConnection>, StoreError> {
@@ -182,15 +180,5 @@ where
     }
     if let Some(to) = filter.to {
         query.push(" AND c.connected_at < ").push_bind(to);
-    }
-}
-
-impl<T> Page<T> {
-    /// The page of a list that was read one item further than asked, to see whether more follow.
-    pub(super) fn cut(mut items: Vec<T>, limit: u32, total: i64) -> Self {
-        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        let more = items.len() > limit;
-        items.truncate(limit);
-        Self { items, total: u64::try_from(total).unwrap_or_default(), more }
     }
 }

@@ -134,8 +134,8 @@ impl Dialect for Postgres {
             include_str!("../../migrations/postgres/0002_time_travel.down.sql"),
         ),
         (
-            include_str!("../../migrations/postgres/0003_known.up.sql"),
-            include_str!("../../migrations/postgres/0003_known.down.sql"),
+            include_str!("../../migrations/postgres/0003_reads.up.sql"),
+            include_str!("../../migrations/postgres/0003_reads.down.sql"),
         ),
     ];
     const TABLE_EXISTS: &'static str =
@@ -218,8 +218,8 @@ impl Dialect for Sqlite {
             include_str!("../../migrations/sqlite/0002_time_travel.down.sql"),
         ),
         (
-            include_str!("../../migrations/sqlite/0003_known.up.sql"),
-            include_str!("../../migrations/sqlite/0003_known.down.sql"),
+            include_str!("../../migrations/sqlite/0003_reads.up.sql"),
+            include_str!("../../migrations/sqlite/0003_reads.down.sql"),
         ),
     ];
     const TABLE_EXISTS: &'static str =

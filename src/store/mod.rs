@@ -17,6 +17,7 @@ mod moment;
 mod nodes;
 mod observation;
 mod orders;
+mod page;
 mod past;
 #[cfg(test)]
 mod plans;

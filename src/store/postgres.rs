@@ -57,6 +57,16 @@ impl SqlStore<Postgres> {
     }
 }
 
+/// How statements are planned. All of ours are short and go by indexes that fit into memory.
+const PLANNING: [(&str, &str); 3] = [
+    // To compile a statement takes longer than any of them runs.
+    ("jit", "off"),
+    // To start a process that helps takes longer than a page: only counts of a million agents are worth it.
+    ("parallel_setup_cost", "20000"),
+    // The default is that of a disk whose arm moves, with which whole tables are read where an index has the answer.
+    ("random_page_cost", "1.1"),
+];
+
 /// Connects without touching the schema.
 pub(super) async fn connect(url: &str, max_connections: u32) -> Result<SqlStore<Postgres>, StoreError> {
     known_parameters(url)?;
@@ -64,11 +74,8 @@ pub(super) async fn connect(url: &str, max_connections: u32) -> Result<SqlStore<
         .map_err(|error| StoreError::Schema(format!("store.url is not a valid postgres:// URL: {error}")))?
         .application_name("opamp-server")
         // A server that hangs is a server that is away: its sessions give up by themselves as well.
-        // To compile a statement takes longer than any of ours runs.
-        .options([
-            ("statement_timeout", format!("{}ms", CALL_DEADLINE.as_millis())),
-            ("jit", "off".to_owned()),
-        ])
+        .options([("statement_timeout", format!("{}ms", CALL_DEADLINE.as_millis()))])
+        .options(PLANNING)
         .disable_statement_logging();
     // Alone first: the pool would try again until its time is over and then hide the reason.
     bounded(async {

@@ -24,6 +24,10 @@ const WRITER_CACHE: &str = "-16384";
 /// once. The commit that does so waits for it, also on a slow disk.
 const CHECKPOINT_PAGES: &str = "2000";
 
+/// How many rows a connection reads before whoever asked has taken them: a page of a thousand is handed over in a few
+/// turns, not one for every 50.
+const ROWS_AHEAD: usize = 512;
+
 /// How long a look at a file that another process holds is put off.
 const BUSY_PAUSE: Duration = Duration::from_millis(20);
 
@@ -54,6 +58,7 @@ pub(super) async fn connect(
         .synchronous(SqliteSynchronous::Full)
         .foreign_keys(true)
         .busy_timeout(CALL_DEADLINE)
+        .row_buffer_size(ROWS_AHEAD)
         .disable_statement_logging();
     let file = options.get_filename().to_path_buf();
     let in_memory = file.as_os_str().is_empty() || url.contains(":memory:") || url.contains("mode=memory");

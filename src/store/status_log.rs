@@ -6,7 +6,7 @@ use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, QueryB
 use utoipa::ToSchema;
 use uuid::Uuid;
 
-use super::dialect::{Column, Dialect, SqlStore, failure, push_rows_before, rows};
+use super::dialect::{Column, Dialect, SqlStore, push_rows_before, rows};
 use super::{Page, PageRequest, Status, StatusChange, StoreError};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
@@ -90,11 +90,9 @@ where
     ) -> Result<Page<Transition>, StoreError> {
         let mut count = QueryBuilder::new("");
         count_transitions(&mut count, agent);
-        let total: i64 = count.build_query_scalar().fetch_one(&self.readers).await.map_err(failure::<D>)?;
         let mut query = QueryBuilder::new("");
         select_transitions(&mut query, agent, PageRequest { limit: page.limit + 1, ..page });
-        let items = query.build_query_as().fetch_all(&self.readers).await.map_err(failure::<D>)?;
-        Ok(Page::cut(items, page.limit, total))
+        self.counted_page(count, query, page.limit).await
     }
 }
 

@@ -227,13 +227,9 @@ where
     ) -> Result<Page<AgentRow>, StoreError> {
         let mut count = QueryBuilder::<D>::new("");
         count_agents(&mut count, filter);
-        bounded(async {
-            let total =
-                count.build_query_scalar::<i64>().fetch_one(&self.readers).await.map_err(failure::<D>)?;
-            let further = PageRequest { limit: page.limit + 1, ..page };
-            Ok(Page::cut(self.agents_on(filter, further).await?, page.limit, total))
-        })
-        .await
+        let mut query = QueryBuilder::<D>::new("");
+        select_agents(&mut query, filter, PageRequest { limit: page.limit + 1, ..page });
+        bounded(self.counted_page(count, query, page.limit)).await
     }
 
     async fn next_agents(
@@ -241,7 +237,9 @@ where
         filter: &AgentFilter,
         page: PageRequest<InstanceUid>,
     ) -> Result<Vec<AgentRow>, StoreError> {
-        bounded(self.agents_on(filter, page)).await
+        let mut query = QueryBuilder::<D>::new("");
+        select_agents(&mut query, filter, page);
+        bounded(async { query.build_query_as().fetch_all(&self.readers).await.map_err(failure::<D>) }).await
     }
 
     async fn summarize_agents(&self) -> Result<AgentSummary, StoreError> {
@@ -386,30 +384,6 @@ where
             Ok(candidate)
         })
         .await
-    }
-}
-
-impl<D> SqlStore<D>
-where
-    D: Dialect,
-    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
-    D::Arguments: IntoArguments<D>,
-    for<'r> AgentRow: FromRow<'r, D::Row>,
-    for<'q> String: Encode<'q, D> + Type<D>,
-    for<'q> &'q str: Encode<'q, D> + Type<D>,
-    for<'q> bool: Encode<'q, D> + Type<D>,
-    for<'q> i64: Encode<'q, D> + Type<D>,
-    for<'q> Uuid: Encode<'q, D> + Type<D>,
-    for<'q> Moment: Encode<'q, D> + Type<D>,
-{
-    async fn agents_on(
-        &self,
-        filter: &AgentFilter,
-        page: PageRequest<InstanceUid>,
-    ) -> Result<Vec<AgentRow>, StoreError> {
-        let mut query = QueryBuilder::<D>::new("");
-        select_agents(&mut query, filter, page);
-        query.build_query_as().fetch_all(&self.readers).await.map_err(failure::<D>)
     }
 }
 

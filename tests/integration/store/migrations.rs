@@ -156,8 +156,7 @@ pub(super) async fn an_upgrade_takes_the_oldest_end_for_the_horizon(database: &D
     let horizon = async |store: &Arc<dyn Store>| store.watch(observer).await.map(|watch| watch.horizon());
     assert_eq!(horizon(&store).await, Ok(None), "nothing was deleted");
     let migrations = store::migrations(database.url(), true).await.expect("the database answers");
-    let state = migrations.down().await.expect("it goes down");
-    assert_eq!(state.version(), 1);
+    while migrations.down().await.expect("it goes down").version() > 1 {}
     let raw = database.raw().await;
     assert_eq!(raw.number("SELECT count(*) FROM agent_connection_history").await, 2, "down takes no history");
     migrations.up().await.expect("it goes up");

@@ -3,5 +3,5 @@
 CREATE INDEX agent_status_log_known ON agent_status_log (at, agent_id, from_status)
     WHERE from_status IS NULL OR from_status = 'retired';
 
--- Not breaking: an older binary keeps the index like any other.
+-- Not breaking: an older binary works as before.
 INSERT INTO schema_versions (version, breaking) VALUES (3, false);
