@@ -36,7 +36,8 @@ pub(super) trait Dialect: Database {
     const BEGIN_READING: &'static str;
     /// Locks the selected rows of `agents a` until the transaction ends.
     const LOCK_AGENTS: &'static str;
-    /// Locks the selected rows and leaves out those that another transaction has locked; none where only one writes.
+    /// Locks the selected rows of `agent_liveness l` and leaves out those that another transaction has locked; none where
+    /// only one writes.
     const SKIP_LOCKED: Option<&'static str>;
     /// After `agents a` that are joined by `connection_id`: SQLite is told of the index that holds nobody else, and reads
     /// no row.
@@ -112,7 +113,7 @@ impl Dialect for Postgres {
     const BEGIN: &'static str = "BEGIN";
     const BEGIN_READING: &'static str = "BEGIN ISOLATION LEVEL REPEATABLE READ, READ ONLY";
     const LOCK_AGENTS: &'static str = "FOR UPDATE OF a";
-    const SKIP_LOCKED: Option<&'static str> = Some("FOR UPDATE SKIP LOCKED");
+    const SKIP_LOCKED: Option<&'static str> = Some("FOR UPDATE OF l SKIP LOCKED");
     const CONNECTED: &'static str = "";
     const NOW: Option<&'static str> = Some("SELECT clock_timestamp()");
     const LOOK_THROUGH: &'static str = "";

@@ -57,14 +57,12 @@ impl SqlStore<Postgres> {
     }
 }
 
-/// How statements are planned. All of ours are short and go by indexes that fit into memory.
-const PLANNING: [(&str, &str); 3] = [
+/// How statements are planned.
+const PLANNING: [(&str, &str); 2] = [
     // To compile a statement takes longer than any of them runs.
     ("jit", "off"),
-    // To start a process that helps takes longer than a page: only counts of a million agents are worth it.
+    // To start a process that helps takes longer than a page of agents: only counts of a million are worth it.
     ("parallel_setup_cost", "20000"),
-    // The default is that of a disk whose arm moves, with which whole tables are read where an index has the answer.
-    ("random_page_cost", "1.1"),
 ];
 
 /// Connects without touching the schema.

@@ -273,21 +273,23 @@ where
             ("silence", Column::Integer),
         ];
         // A save of the same moment has told the number already; the pace it did not tell.
-        // A row that somebody else is writing is skipped: what they write is as fresh, and nobody waits in a circle.
-        let (free, is_free) = D::SKIP_LOCKED.map_or_else(Default::default, |skip_locked| {
-            let free = format!(
-                ", free AS (SELECT l.agent_id FROM agent_liveness l
-                            WHERE l.agent_id IN (SELECT s.id FROM sightings s) {skip_locked})"
-            );
-            (free, "JOIN free f ON f.agent_id = r.id")
-        });
+        // A row that somebody else is writing is skipped: what they write is as fresh, and nobody waits in a circle. The
+        // batch is named once only: a database that takes it for short would join it with itself, row by row.
+        let rows = rows::<D>(&columns);
+        let free = D::SKIP_LOCKED.map_or_else(
+            || format!("WITH free AS {rows}"),
+            |skip_locked| {
+                format!(
+                    "WITH free AS (SELECT r.* FROM {rows} r JOIN agent_liveness l ON l.agent_id = r.id {skip_locked})"
+                )
+            },
+        );
         let text = format!(
-            "WITH sightings AS {}{free}
+            "{free}
              UPDATE agent_liveness AS l SET last_seen_at = r.at, poll_silence_ms = r.silence,
                  sequence_num = CASE WHEN l.last_seen_at < r.at THEN r.number ELSE coalesce(r.number, l.sequence_num) END
-             FROM sightings r {is_free} JOIN agents a {} ON a.id = r.id AND a.connection_id = r.connection_id
+             FROM free r JOIN agents a {} ON a.id = r.id AND a.connection_id = r.connection_id
              WHERE l.agent_id = r.id AND l.connection_id = r.connection_id AND l.last_seen_at <= r.at",
-            rows::<D>(&columns),
             D::CONNECTED
         );
         let values: Vec<Value> = sightings

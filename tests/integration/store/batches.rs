@@ -33,6 +33,29 @@ pub(super) async fn a_thousand_openings_are_one_transaction(database: &Database)
     assert_eq!(writers_of(&raw).await, 1, "one transaction wrote them all");
 }
 
+/// One flush stores the signs of life of a whole fleet within the time of a call, also where the database takes steps into
+/// indexes for cheap, as on a fast disk, knows nothing of the fleet's size yet, and takes the batch for short.
+pub(super) async fn a_large_fleet_is_stored_by_one_flush(database: &Database) {
+    const AGENTS: u32 = 15_000;
+    let mut url = database.url().to_owned();
+    if url.starts_with("postgres") {
+        url += if url.contains('?') { "&" } else { "?" };
+        url += "options=-crandom_page_cost%3D1.1";
+    }
+    let store = opamp_server::store::open(&url, 2, true).await.expect("the store opens");
+    let node = Node::start(&store, "a", at(0)).await;
+    let mut fleet = (Vec::new(), Vec::new());
+    for first in (0..AGENTS).step_by(1_000) {
+        let agents: Vec<InstanceUid> = (first..first + 1_000).map(uid).collect();
+        let arrivals = agents.iter().map(|agent| Write::CreateConnection(node.arrival(*agent, at(10))));
+        let written = store.write(&arrivals.collect::<Vec<_>>()).await.expect("all open");
+        fleet.0.extend(agents);
+        fleet.1.extend(written.into_iter().map(opened));
+    }
+    let seen = sightings(&fleet.0, &fleet.1, at(20));
+    assert_eq!(store.update_last_seen(&seen).await, Ok(AGENTS.into()));
+}
+
 /// How many transactions wrote the rows of the history, as far as the database can tell.
 async fn writers_of(raw: &Raw) -> i64 {
     match raw {
@@ -154,18 +177,20 @@ async fn write(node: &Node, batch: Vec<Write>) -> Vec<Written> {
 }
 
 async fn flush(node: &Node, agents: &[InstanceUid], held: &[Opened], now: Moment) {
-    let seen: Vec<Sighting> = agents
-        .iter()
-        .zip(held)
-        .map(|(agent, held)| Sighting {
-            agent: *agent,
-            connection_id: held.connection_id,
-            at: now,
-            sequence_num: Some(7),
-            poll_silence: None,
-        })
-        .collect();
+    let seen = sightings(agents, held, now);
     while let Err(error) = node.store.update_last_seen(&seen).await {
         assert!(matches!(error, StoreError::Conflict | StoreError::Unavailable(_)), "{error}");
     }
+}
+
+/// A sign of life of each of these agents, over the connections they hold.
+fn sightings(agents: &[InstanceUid], held: &[Opened], now: Moment) -> Vec<Sighting> {
+    let seen = |(agent, held): (&InstanceUid, &Opened)| Sighting {
+        agent: *agent,
+        connection_id: held.connection_id,
+        at: now,
+        sequence_num: Some(7),
+        poll_silence: None,
+    };
+    agents.iter().zip(held).map(seen).collect()
 }

@@ -182,6 +182,7 @@ conformance! {
     }
     batches {
         a_thousand_openings_are_one_transaction(database),
+        a_large_fleet_is_stored_by_one_flush(database),
         a_poisoned_batch_leaves_nothing_behind(database),
         an_empty_batch_is_nothing(store),
         answers_come_in_the_order_of_the_batch(store),
