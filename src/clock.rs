@@ -67,7 +67,9 @@ pub(crate) fn micros(duration: Duration) -> i64 {
 impl fmt::Display for Moment {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let at = OffsetDateTime::from_unix_timestamp(self.0.div_euclid(1_000_000)).ok();
-        let Some((at, year)) = at.and_then(|at| Some((at, u16::try_from(at.year()).ok()?))) else {
+        let Some((at, year)) =
+            at.and_then(|at| Some((at, u16::try_from(at.year()).ok().filter(|year| *year <= 9_999)?)))
+        else {
             return write!(f, "{}us", self.0);
         };
         let millis = u16::try_from(self.0.rem_euclid(1_000_000) / 1_000).unwrap_or_default();

@@ -91,7 +91,7 @@ where
     D::Arguments: IntoArguments<D>,
     for<'r> (Uuid,): FromRow<'r, D::Row>,
     for<'r> (Option<Moment>,): FromRow<'r, D::Row>,
-    for<'r> (Uuid, String, i64): FromRow<'r, D::Row>,
+    for<'r> (Uuid, String, i64, Moment): FromRow<'r, D::Row>,
     for<'r> (Uuid, String, Moment, i64): FromRow<'r, D::Row>,
     for<'r> (i64, Uuid, Moment): FromRow<'r, D::Row>,
     for<'r> (Moment,): FromRow<'r, D::Row>,
@@ -284,7 +284,7 @@ where
     D::Arguments: IntoArguments<D>,
     for<'r> (Uuid,): FromRow<'r, D::Row>,
     for<'r> (Option<Moment>,): FromRow<'r, D::Row>,
-    for<'r> (Uuid, String, i64): FromRow<'r, D::Row>,
+    for<'r> (Uuid, String, i64, Moment): FromRow<'r, D::Row>,
     for<'q> &'q str: Encode<'q, D> + Type<D>,
     for<'q> String: Encode<'q, D> + Type<D>,
     for<'q> i64: Encode<'q, D> + Type<D>,
@@ -473,15 +473,19 @@ where
             "close_connection IS NOT NULL AND close_reason = '{}' AND connection_id IS NULL",
             CloseReason::Deleted.label()
         );
-        let text = format!("SELECT id, status, close_connection FROM agents WHERE {orphans} ORDER BY id");
-        let deleted: Vec<(Uuid, String, i64)> =
-            sqlx::query_as(sql(text)).fetch_all(&mut **tx).await.map_err(failure::<D>)?;
+        // The moments of an agent never go back, whatever the clocks of two nodes say.
+        let at = format!("{}($1, updated_at)", D::GREATEST);
+        let text =
+            format!("SELECT id, status, close_connection, {at} FROM agents WHERE {orphans} ORDER BY id");
+        let query = sqlx::query_as(sql(text)).bind(heir.at);
+        let deleted: Vec<(Uuid, String, i64, Moment)> =
+            query.fetch_all(&mut **tx).await.map_err(failure::<D>)?;
         let text = format!(
-            "UPDATE agents SET status = 'retired', status_since = $1, retired_at = $1, offline_at = NULL,
+            "UPDATE agents SET status = 'retired', status_since = {at}, retired_at = {at}, offline_at = NULL,
                  stale_from = NULL, close_connection = NULL, close_reason = NULL WHERE {orphans}"
         );
         sqlx::query(sql(text)).bind(heir.at).execute(&mut **tx).await.map_err(failure::<D>)?;
-        let log = deleted.into_iter().map(|(id, status, connection_id)| {
+        let log = deleted.into_iter().map(|(id, status, connection_id, at)| {
             let change = StatusChange {
                 agent: id.into(),
                 from: Status::from_label(&status),
@@ -489,7 +493,7 @@ where
                 reason: CloseReason::Deleted.label().to_owned(),
                 connection_id: Some(connection_id),
             };
-            log_row(&change, heir.at, Some(heir.node))
+            log_row(&change, at, Some(heir.node))
         });
         Self::write_log(tx, log.collect()).await
     }

@@ -13,8 +13,8 @@ where
     usize: ColumnIndex<D::Row>,
     for<'q> i64: Decode<'q, D> + Type<D>,
 {
-    /// Reads a page of `limit` items by `rows`, which asks for one more, and the total by `count`: both at once, each on
-    /// a connection of its own, so that a page takes as long as the longer of them.
+    /// Reads a page of `limit` items by `rows`, which asks for one more, and the total by `count`: both at once
+    /// where the pool has a connection for each, so that a page takes as long as the longer of them.
     pub(super) async fn counted_page<T>(
         &self,
         mut count: QueryBuilder<D>,

@@ -132,7 +132,9 @@ fn past_filters() -> Vec<PastFilter> {
     vec![
         all(),
         PastFilter { id: Some(InstanceUid::from_bytes([7; 16])), include_retired: true, ..all() },
+        PastFilter { include_retired: true, ..all() },
         PastFilter { statuses: vec![Status::Offline], ..all() },
+        PastFilter { statuses: vec![Status::Online], connected: Some(false), ..all() },
         PastFilter { connected: Some(true), ..all() },
         PastFilter { transport: Some(Transport::Http), ..all() },
         PastFilter { prefix: Some("name-777".to_owned()), ..all() },

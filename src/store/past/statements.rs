@@ -257,7 +257,7 @@ where
 /// present status.
 ///
 /// Nobody's status then is looked up but that of those who were ever retired: who came later is found by the change that
-/// began from nothing.
+/// began from nothing, which no other change of the agent is older than.
 fn push_known<D>(query: &mut QueryBuilder<D>, at: Moment, include_retired: bool)
 where
     D: Dialect,
