@@ -26,12 +26,17 @@ where
     {
         let total = count.build_query_scalar::<i64>();
         let rows = rows.build_query_as::<T>();
-        let (total, mut items) =
-            tokio::try_join!(total.fetch_one(&self.readers), rows.fetch_all(&self.readers))
-                .map_err(failure::<D>)?;
-        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
-        let more = items.len() > limit;
-        items.truncate(limit);
+        let (total, items) = tokio::try_join!(total.fetch_one(&self.readers), rows.fetch_all(&self.readers))
+            .map_err(failure::<D>)?;
+        let (items, more) = cut(items, limit);
         Ok(Page { items, total: u64::try_from(total).unwrap_or_default(), more })
     }
+}
+
+/// The items of a page that was read one item further than its limit, and whether more follow.
+pub(super) fn cut<T>(mut items: Vec<T>, limit: u32) -> (Vec<T>, bool) {
+    let limit = usize::try_from(limit).unwrap_or(usize::MAX);
+    let more = items.len() > limit;
+    items.truncate(limit);
+    (items, more)
 }

@@ -16,6 +16,7 @@ use uuid::Uuid;
 
 use super::connections::select_connections;
 use super::dialect::{Dialect, SqlStore, bounded, failure};
+use super::page::cut;
 use super::{ConnectionRow, HistoryFilter, PageRequest, PastStore, Status, StoreError, Transport};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
@@ -276,10 +277,7 @@ where
                 query.build_query_as().fetch_all(&mut *tx).await.map_err(failure::<D>)?;
             let total = rows.first().map_or(0, |row| u64::try_from(row.total).unwrap_or_default());
             let agents = rows.into_iter().map(PastRow::agent).collect::<Result<Vec<_>, _>>()?;
-            let mut agents: Vec<PastAgent> = agents.into_iter().flatten().collect();
-            let limit = usize::try_from(page.limit).unwrap_or(usize::MAX);
-            let more = agents.len() > limit;
-            agents.truncate(limit);
+            let (agents, more) = cut(agents.into_iter().flatten().collect(), page.limit);
             Ok(PastAgents { agents, total, more, watch })
         })
         .await
