@@ -14,6 +14,7 @@ use tokio_util::time::DelayQueue;
 use crate::clock::Tick;
 use crate::close::CloseReason;
 use crate::history::{History, Noticed, OpenConnection};
+use crate::lanes::Lanes;
 use crate::metrics::Metrics;
 use crate::peers::Peers;
 use crate::sight::Sight;
@@ -63,6 +64,8 @@ pub struct HeartbeatMonitor {
     on_verdict: OnVerdict,
     intake: mpsc::Receiver<(Arc<OpenConnection>, Tick)>,
     deadlines: DelayQueue<Watched>,
+    /// When every lane was last asked to come round; each has.
+    asked: Tick,
 }
 
 struct Watched {
@@ -103,23 +106,35 @@ impl HeartbeatMonitor {
                 on_verdict,
                 intake,
                 deadlines: DelayQueue::new(),
+                asked: Tick::default(),
             },
         )
     }
 
-    /// Watches until `stop` is cancelled; from then on nobody is accused.
-    pub async fn run(mut self, stop: CancellationToken) {
+    /// Watches until `stop` is cancelled; from then on nobody is accused. Ends as well when a lane is gone.
+    pub async fn run(mut self, lanes: Lanes, stop: CancellationToken) {
         loop {
-            tokio::select! {
+            let expired = tokio::select! {
                 biased;
                 () = stop.cancelled() => return,
                 Some((connection, not_before)) = self.intake.recv() => {
                     let since = self.history.clock().tick();
                     self.arm(Watched { connection, not_before, since, away: 0 });
+                    continue;
                 }
                 Some(expired) = std::future::poll_fn(|context| self.deadlines.poll_expired(context)),
-                    if !self.deadlines.is_empty() => self.judge(expired.into_inner()),
+                    if !self.deadlines.is_empty() => expired.into_inner(),
+            };
+            // What came before the deadline may not have been read: its lane has to come to it first.
+            let now = self.history.clock().tick();
+            let deadline = self.deadline(&expired);
+            if self.asked < deadline && deadline <= now {
+                if stop.run_until_cancelled(lanes.come_round()).await != Some(true) {
+                    return;
+                }
+                self.asked = now;
             }
+            self.judge(expired);
         }
     }
 

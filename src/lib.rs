@@ -31,6 +31,12 @@
 //! of its own connections and ends them through the history → the link sends Close once that is on
 //! record. Wakes carry nothing and may get lost: the task looks at a pace as well.
 //!
+//! ## Threads
+//!
+//! Links live on [`lanes`], threads of their own, and stay where they were put; everything else shares the runtime of
+//! `main`. Nothing depends on the thread that it runs on: a session asks the store from wherever it is. What waits on a
+//! thread that is stuck is not seen, so that [`sight`] looks on all of them.
+//!
 //! ## Who decides what
 //!
 //! - [`heartbeat`] alone says that an agent fell silent; it holds a deadline per connection and
@@ -49,8 +55,8 @@
 //!
 //! ## Who may know whom
 //!
-//! From the bottom: `proto`, `clock`, `close`, `config`, `site`, `burden` know nothing of ours; `agent` and `wire`
-//! know those, `incidents` stands on `agent`; then `store`, `metrics` and `timeline`, `outage`, `peers`, `sight`, `pulse` and `anchor`, `history`, `heartbeat`, `sweep`, `lease` and
+//! From the bottom: `proto`, `clock`, `close`, `config`, `site`, `burden`, `lanes` know nothing of ours; `agent` and
+//! `wire` know those, `incidents` stands on `agent`; then `store`, `metrics` and `timeline`, `outage`, `peers`, `sight`, `pulse` and `anchor`, `history`, `heartbeat`, `sweep`, `lease` and
 //! `retention`, `session`, `safety`, `orders`, `transport` and `api` beside it, `server`, and `healthcheck` apart.
 //! SQL is spoken in `store` only, axum in `api` and `server` only, hyper in `transport` and, as a
 //! client, in `healthcheck` only. A test reads the sources and holds them to it.
@@ -71,6 +77,7 @@ pub mod healthcheck;
 pub mod heartbeat;
 pub mod history;
 pub mod incidents;
+pub mod lanes;
 pub mod lease;
 pub mod metrics;
 pub mod orders;

@@ -1,8 +1,8 @@
 //! The server: everything is built here once, from top to bottom, and stopped in the opposite order.
 //!
-//! Two listeners, one task tracker for links, one set of owner tasks (writer, monitor, sight,
-//! verdicts, safety net, sweep, retention, orders, flush, lease, clock). An owner that ends before it is told to stops the server: the next
-//! start tells the truth. A link's panic ends that link only.
+//! Two listeners, one task tracker for links and the threads on which those live, one set of owner tasks (writer,
+//! monitor, sight, verdicts, safety net, sweep, retention, orders, flush, lease, clock). An owner that ends before it is
+//! told to stops the server: the next start tells the truth. A link's panic ends that link only.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -13,7 +13,7 @@ use tokio::net::{TcpListener, TcpSocket};
 use tokio::sync::{Notify, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
@@ -24,6 +24,7 @@ use crate::close::CloseReason;
 use crate::config::Config;
 use crate::heartbeat::HeartbeatMonitor;
 use crate::history::{History, Noticed, OpenConnection, Writer};
+use crate::lanes::Lanes;
 use crate::lease::Lease;
 use crate::metrics::Metrics;
 use crate::orders::Orders;
@@ -46,8 +47,8 @@ const LOCK_PAUSE: Duration = Duration::from_millis(250);
 /// room is tried again by its TCP after 1, 3 and 7 s.
 const BACKLOG: u32 = 65_535;
 
-/// File handles kept free of links: database, listeners, operators.
-const SPARE_FILES: u64 = 128;
+/// File handles kept free of links: database, listeners, operators, and four for each lane.
+const SPARE_FILES: u64 = 192;
 
 /// How long stopping may take beyond `shutdown.drain`.
 const GRACE: Duration = Duration::from_secs(5);
@@ -85,6 +86,9 @@ pub enum ServerError {
     /// The system gives no file handles.
     #[error("cannot read or set the limit of open files: {0}")]
     FileLimit(std::io::Error),
+    /// The system gives no threads.
+    #[error("cannot start the threads on which links live: {0}")]
+    Threads(std::io::Error),
     /// An owner task ended by itself.
     #[error("the {0} stopped unexpectedly; the server cannot go on without it")]
     Owner(String),
@@ -113,6 +117,8 @@ pub struct Server {
     stopping: Arc<AtomicBool>,
     drain: Duration,
     ended: CancellationToken,
+    /// Ends the lanes; dropped after the store is closed, whose connections were opened by whoever needed one.
+    _threads: DropGuard,
 }
 
 struct StoreHandle(Arc<dyn Store>);
@@ -136,6 +142,12 @@ impl Server {
     pub async fn start(config: &Config, migrate: bool) -> Result<Self, ServerError> {
         let (agents, agents_address) = bind("agents.listen", config.agents.listen)?;
         let (operators, operators_address) = bind("operators.listen", config.operators.listen)?;
+        // It is accepted from on another thread.
+        let agents = agents.into_std().map_err(|source| ServerError::Listen {
+            key: "agents.listen",
+            address: agents_address,
+            source,
+        })?;
         let max_connections = raise_file_limit(config.agents.max_connections)?;
         let store = store::open(config.store.url.expose(), config.store.max_connections, migrate)
             .await
@@ -147,14 +159,17 @@ impl Server {
             return Err(if file { ServerError::FileInUse } else { ServerError::NameInUse(name) });
         }
 
+        let threads = CancellationToken::new();
+        let lanes = Lanes::start(max_connections, &threads).await.map_err(ServerError::Threads)?;
+        let threads = threads.drop_guard();
         let node_id = Uuid::now_v7();
         let (services, writer, monitor) = assemble(config, Arc::clone(&store), node_id).await?;
         let (stops, ended) = (Stops::default(), CancellationToken::new());
         let mut owners = JoinSet::new();
         own(&mut owners, "writer", writer.run(stops.writing.clone()));
-        own(&mut owners, "heartbeat monitor", monitor.run(stops.judging.clone()));
+        own(&mut owners, "heartbeat monitor", monitor.run(lanes.clone(), stops.judging.clone()));
         restore(&services, &name, node_id, config).await?;
-        own_timers(&mut owners, config, &services, node_id, &stops);
+        own_timers(&mut owners, config, &services, lanes.clone(), node_id, &stops);
         let lease = Lease {
             store: Arc::clone(&services.store),
             history: services.history.clone(),
@@ -175,9 +190,13 @@ impl Server {
             Arc::clone(&services),
             Arc::clone(&admission),
             links.clone(),
+            &lanes,
             stops.flushing.clone(),
         );
-        own(&mut owners, "agents' listener", listener.run());
+        if let Some(door) = lanes.door() {
+            // A fleet that comes at once does not wait behind what it has set going.
+            owners.spawn_on(owned("agents' listener", listener.run()), door);
+        }
         let (stopping, ordered) = (Arc::new(AtomicBool::new(false)), Arc::new(Notify::new()));
         let orders = Orders {
             store: Arc::clone(&services.store),
@@ -205,6 +224,7 @@ impl Server {
             stopping,
             drain: config.shutdown.drain,
             ended,
+            _threads: threads,
         })
     }
 
@@ -343,10 +363,13 @@ fn own(
     name: &'static str,
     task: impl Future<Output = ()> + Send + 'static,
 ) {
-    owners.spawn(async move {
-        task.await;
-        name
-    });
+    owners.spawn(owned(name, task));
+}
+
+/// A task that tells its name when it ends.
+async fn owned(name: &'static str, task: impl Future<Output = ()> + Send + 'static) -> &'static str {
+    task.await;
+    name
 }
 
 fn owner_name(owner: Option<Result<&'static str, tokio::task::JoinError>>) -> String {
@@ -409,10 +432,11 @@ fn own_timers(
     owners: &mut JoinSet<&'static str>,
     config: &Config,
     services: &Arc<Services>,
+    lanes: Lanes,
     node_id: Uuid,
     stops: &Stops,
 ) {
-    own(owners, "sight", Arc::clone(&services.sight).run(stops.writing.clone()));
+    own(owners, "sight", Arc::clone(&services.sight).run(lanes, stops.writing.clone()));
     let verdicts = Verdicts {
         store: Arc::clone(&services.store),
         history: services.history.clone(),

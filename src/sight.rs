@@ -1,12 +1,13 @@
 //! Blindness: times in which this server could see nobody, and for which it therefore accuses nobody.
 //!
 //! The process was stopped or starved, or the store is away. [`Sight::run`] looks at the clock at a
-//! steady pace; a look that comes late is a blindness, and until it was noticed [`Sight::can_judge`]
-//! says no, so that no verdict falls in between. Every deadline moves by the blindness since the
+//! steady pace, once every thread that reads links has come round; a look that comes late is a
+//! blindness, and until it was noticed [`Sight::can_judge`] says no, so that no verdict falls in between. Every deadline moves by the blindness since the
 //! agent was last seen. A time in which newcomers are refused is no blindness, but nobody is accused
 //! of not returning in it. It must not know agents, connections or verdicts.
 
 use std::collections::VecDeque;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -15,6 +16,7 @@ use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::clock::{Clock, Tick};
+use crate::lanes::Lanes;
 use crate::metrics::Metrics;
 use crate::outage::Outage;
 
@@ -90,12 +92,18 @@ impl Sight {
         }
     }
 
-    /// Looks until `stop` is cancelled.
-    pub async fn run(self: Arc<Self>, stop: CancellationToken) {
+    /// Looks until `stop` is cancelled, each time after every lane has come round: what came before is known there.
+    /// Ends as well when a lane is gone, and with it the sight of its links.
+    pub async fn run(self: Arc<Self>, lanes: Lanes, stop: CancellationToken) {
         // What came before the first look was the start.
         self.last_look.store(self.clock.tick().as_micros(), Ordering::Release);
         let (mut away_since, mut refusing) = (None, false);
-        while stop.run_until_cancelled(tokio::time::sleep(PACE)).await.is_some() {
+        let look = async || {
+            tokio::time::sleep(PACE).await;
+            let began = self.clock.tick();
+            self.come_round(&lanes).await.then_some(began)
+        };
+        while let Some(Some(began)) = stop.run_until_cancelled(look()).await {
             let now = self.clock.tick();
             let mut last = self.last_look();
             if now.since(last) > LATE {
@@ -120,9 +128,21 @@ impl Sight {
                 // Whoever was refused has its whole return time from now on.
                 self.noticed.fetch_add(1, Ordering::Release);
             }
-            // Last, so that whoever judges by a fresh look knows of every blindness before it.
-            self.last_look.store(now.as_micros(), Ordering::Release);
+            // Last, so that whoever judges by a fresh look knows of every blindness before it. The first lane may have
+            // answered long before the last one: what a look in time proves is from when it began.
+            let look = if last == now { now } else { began };
+            self.last_look.store(look.as_micros(), Ordering::Release);
         }
+    }
+
+    /// Waits until every lane has come round, and says so where one does not. False where one is gone.
+    async fn come_round(&self, lanes: &Lanes) -> bool {
+        let mut round = pin!(lanes.come_round());
+        if let Ok(all) = tokio::time::timeout(LATE, &mut round).await {
+            return all;
+        }
+        tracing::warn!("a thread that reads links does not come round; nobody is judged until it does");
+        round.await
     }
 
     fn last_look(&self) -> Tick {
@@ -260,7 +280,7 @@ mod tests {
     /// Plays a story while somebody looks.
     async fn beside_looks(sight: &Arc<Sight>, story: impl Future<Output = ()>) {
         let stop = CancellationToken::new();
-        let looking = Arc::clone(sight).run(stop.clone());
+        let looking = Arc::clone(sight).run(Lanes::default(), stop.clone());
         let story = async {
             story.await;
             stop.cancel();
@@ -369,6 +389,40 @@ mod tests {
             assert!(!sight.can_judge(clock.tick()), "what arrived meanwhile is to be read first");
         };
         beside_looks(&sight, story).await;
+    }
+
+    /// Waits until `holds`, in real time.
+    async fn until(what: &str, holds: impl Fn() -> bool + Send + Sync) {
+        let waiting = async {
+            while !holds() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(30), waiting).await.expect(what);
+    }
+
+    #[tokio::test]
+    async fn a_thread_that_is_stuck_blinds_as_well() {
+        let (sight, _, clock) = sight();
+        let (threads, stop) = (CancellationToken::new(), CancellationToken::new());
+        let lanes = Lanes::start(1, &threads).await.unwrap();
+        let stuck = lanes.iter().next().unwrap().clone();
+        let story = async {
+            let began = sight.last_look();
+            until("a look", || sight.last_look() > began).await;
+            assert!(sight.can_judge(clock.tick()) && sight.noticed() == 0, "all threads come round");
+            let (release, released) = std::sync::mpsc::channel::<()>();
+            let stuck = stuck.spawn(async move { released.recv().is_err() });
+            until("nobody is judged", || !sight.can_judge(clock.tick())).await;
+            assert_eq!(sight.noticed(), 0, "it lasts");
+            drop(release);
+            assert!(stuck.await.unwrap());
+            until("it is noticed", || sight.noticed() == 1).await;
+            assert!(sight.blindness_since(began) > LATE);
+            stop.cancel();
+            threads.cancel();
+        };
+        tokio::join!(Arc::clone(&sight).run(lanes, stop.clone()), story);
     }
 
     #[tokio::test(start_paused = true)]

@@ -2,7 +2,7 @@
 //!
 //! [`Listener`] accepts sockets and dispatches each request: path, then site, then token, then by media type to
 //! `polling` or to a WebSocket upgrade and its `websocket` task. Everything that can be refused
-//! is refused here, before the upgrade.
+//! is refused here, before the upgrade. A socket stays on the thread that it is given to.
 
 mod admission;
 mod frames;
@@ -26,6 +26,8 @@ use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode, Version};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc::{self, error::TrySendError};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -33,12 +35,19 @@ use tokio_util::task::TaskTracker;
 pub use admission::{Admission, Limits};
 use admission::{Denied, Place};
 
+use crate::lanes::{Lanes, Load};
 use crate::pulse::Link;
 use crate::session::Services;
 use io::{Metered, Phase, Stage};
 
 /// The media type of OpAMP over plain HTTP.
 const PROTOBUF: &str = "application/x-protobuf";
+
+/// How many sockets may wait for a thread to take them in; others wait with the system.
+const DESK: usize = 512;
+
+/// How long to wait where no thread takes in another one.
+const DESK_PAUSE: Duration = Duration::from_millis(1);
 
 /// How long to wait after a failed accept, typically for want of file handles.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -58,34 +67,88 @@ struct Context {
 /// The agents' listener.
 #[derive(Debug)]
 pub struct Listener {
-    socket: TcpListener,
-    context: Arc<Context>,
+    socket: std::net::TcpListener,
+    desks: Desks,
+    stop: CancellationToken,
+}
+
+/// A socket that no poller knows, and its peer.
+type Accepted = (std::net::TcpStream, SocketAddr);
+
+/// Where sockets are given to a thread.
+#[derive(Debug)]
+struct Desk {
+    lane: Handle,
+    waiting: mpsc::Sender<Accepted>,
+}
+
+impl Desk {
+    /// What there is for the thread: each link is one task, but while it is upgraded.
+    fn load(&self) -> Load {
+        let waiting = self.waiting.max_capacity() - self.waiting.capacity();
+        Load { links: self.lane.metrics().num_alive_tasks() + waiting, waiting }
+    }
+}
+
+/// The desks of all lanes.
+#[derive(Debug)]
+struct Desks(Vec<Desk>);
+
+impl Desks {
+    /// Gives a socket to a thread, as soon as one takes it in. False where one is gone, without which the server cannot
+    /// go on.
+    async fn give(&self, mut accepted: Accepted) -> bool {
+        while let Some(desk) = Lanes::next(self.0.iter().map(Desk::load)).and_then(|lane| self.0.get(lane)) {
+            match desk.waiting.try_send(accepted) {
+                Ok(()) => return true,
+                Err(TrySendError::Closed(_)) => return false,
+                // Whichever moves first gets it: another one may be stuck.
+                Err(TrySendError::Full(back)) => accepted = back,
+            }
+            tokio::time::sleep(DESK_PAUSE).await;
+        }
+        false
+    }
 }
 
 impl Listener {
-    /// A listener on a bound socket. Its tasks run on `tasks`.
+    /// A listener on a bound socket. Its tasks run on `lanes` and are counted by `tasks`.
     ///
     /// Once `stop` is cancelled, nobody is accepted any more, and connections over plain HTTP close
     /// after the request they are at.
     #[must_use]
     pub fn new(
-        socket: TcpListener,
+        socket: std::net::TcpListener,
         services: Arc<Services>,
         admission: Arc<Admission>,
         tasks: TaskTracker,
+        lanes: &Lanes,
         stop: CancellationToken,
     ) -> Self {
-        Self { socket, context: Arc::new(Context { services, admission, tasks, stop }) }
+        let context = Arc::new(Context { services, admission, tasks, stop: stop.clone() });
+        let desk = |lane: &Handle| {
+            let (waiting, taken) = mpsc::channel(DESK);
+            context.tasks.spawn_on(Arc::clone(&context).take_in(taken), lane);
+            Desk { lane: lane.clone(), waiting }
+        };
+        Self { socket, desks: Desks(lanes.iter().map(desk).collect()), stop }
     }
 
-    /// Accepts until it is told to stop.
+    /// Accepts until it is told to stop, on whatever thread this runs; ends as well when a lane is gone.
     pub async fn run(self) {
-        let stop = &self.context.stop;
-        while let Some(accepted) = stop.run_until_cancelled(self.socket.accept()).await {
+        let Self { socket, desks, stop } = self;
+        let socket = match TcpListener::from_std(socket) {
+            Ok(socket) => socket,
+            Err(error) => return tracing::error!(%error, "the agents' listener failed"),
+        };
+        while let Some(accepted) = stop.run_until_cancelled(socket.accept()).await {
+            // From here on it is known to another poller.
+            let accepted = accepted.and_then(|(stream, peer)| Ok((stream.into_std()?, peer)));
             match accepted {
-                Ok((stream, peer)) => {
-                    let context = Arc::clone(&self.context);
-                    self.context.tasks.spawn(context.serve(stream, peer));
+                Ok(accepted) => {
+                    if stop.run_until_cancelled(desks.give(accepted)).await != Some(true) {
+                        return;
+                    }
                 }
                 Err(error) => {
                     tracing::warn!(%error, "cannot accept a connection");
@@ -97,6 +160,16 @@ impl Listener {
 }
 
 impl Context {
+    /// Takes in what is given to a thread, on that thread.
+    async fn take_in(self: Arc<Self>, mut waiting: mpsc::Receiver<Accepted>) {
+        while let Some((stream, peer)) = waiting.recv().await {
+            match TcpStream::from_std(stream) {
+                Ok(stream) => drop(self.tasks.spawn(Arc::clone(&self).serve(stream, peer))),
+                Err(error) => tracing::warn!(%error, %peer, "cannot take in a connection"),
+            }
+        }
+    }
+
     /// Serves one socket until it is closed or upgraded.
     async fn serve(self: Arc<Self>, stream: TcpStream, peer: SocketAddr) {
         // Small messages must not wait for each other; a socket without the option still works.

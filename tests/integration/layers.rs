@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 /// The modules from the bottom; each may know those of the groups before its own, and no others.
 const ORDER: [&[&str]; 15] = [
-    &["proto", "clock", "close", "config", "site", "burden"],
+    &["proto", "clock", "close", "config", "site", "burden", "lanes"],
     &["agent", "wire"],
     &["incidents"],
     &["store"],

@@ -13,6 +13,7 @@ use opamp_server::burden::Budget;
 use opamp_server::close::CloseReason;
 use opamp_server::config::Config;
 use opamp_server::history::{Noticed, OpenConnection};
+use opamp_server::lanes::Lanes;
 use opamp_server::lease::Lease;
 use opamp_server::orders::Orders;
 use opamp_server::pulse::Link;
@@ -138,7 +139,7 @@ impl Process {
             silent: AtomicBool::new(false),
         });
         process.own("writer", writer.run(process.writing.clone()));
-        process.own("monitor", monitor.run(process.judging.clone()));
+        process.own("monitor", monitor.run(Lanes::default(), process.judging.clone()));
         if let Err(error) = restore(&process.services, &process.name, node_id, &config).await {
             process.die(&mut Rng::with_seed(number));
             return Err(error.to_string());
@@ -171,7 +172,7 @@ impl Process {
 
     fn own_timers(self: &Arc<Self>, config: &Config) {
         let services = &self.services;
-        self.own("sight", Arc::clone(&services.sight).run(self.writing.clone()));
+        self.own("sight", Arc::clone(&services.sight).run(Lanes::default(), self.writing.clone()));
         let verdicts = Verdicts {
             store: Arc::clone(&services.store),
             history: services.history.clone(),

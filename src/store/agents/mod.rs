@@ -292,13 +292,11 @@ where
              WHERE l.agent_id = r.id AND l.connection_id = r.connection_id AND l.last_seen_at <= r.at",
             D::CONNECTED
         );
-        let values: Vec<Value> = sightings
-            .iter()
-            .map(|s| {
-                let silence = s.poll_silence.map(|silence| silence.as_millis());
-                json!([s.agent, s.connection_id, s.at.as_micros(), stored_number(s.sequence_num), silence])
-            })
-            .collect();
+        let row = |s: &Sighting| {
+            let silence = s.poll_silence.map(|silence| silence.as_millis());
+            (s.agent, s.connection_id, s.at.as_micros(), stored_number(s.sequence_num), silence)
+        };
+        let values: Vec<_> = sightings.iter().map(row).collect();
         bounded(async {
             let done = sqlx::query(sql(text))
                 .bind(batch(&values))

@@ -14,6 +14,7 @@ use crate::burden::Share;
 use crate::clock::{Clock, Rate};
 use crate::heartbeat::HeartbeatMonitor;
 use crate::history::History;
+use crate::lanes::Lanes;
 use crate::outage::Outage;
 use crate::proto::{AgentDescription, AgentToServer};
 use crate::pulse::Expectations;
@@ -100,7 +101,7 @@ async fn services() -> Arc<Services> {
         Box::new(|_| {}),
     );
     let stop = CancellationToken::new();
-    let owners = async move { tokio::join!(writer.run(stop.clone()), monitor.run(stop)) };
+    let owners = async move { tokio::join!(writer.run(stop.clone()), monitor.run(Lanes::default(), stop)) };
     drop(tokio_util::task::TaskTracker::new().spawn(owners));
     let hub = Arc::new(Hub::new(Arc::clone(&metrics)));
     let (questions, closing) = (Rate::new(QUESTIONS_PER_SECOND), AtomicBool::new(false));
