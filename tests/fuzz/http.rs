@@ -30,8 +30,9 @@ use tokio_tungstenite::{WebSocketStream, client_async};
 use crate::engine::{Happened, Outcome, Target};
 use crate::{frame, mutate};
 
-/// The name of the server's threads, by which a panic on them is told from others.
-const THREADS: &str = "fuzz-server";
+/// How the names of the server's threads begin, by which a panic on them is told from others: those of its runtime, and
+/// those on which links live.
+const THREADS: [&str; 3] = ["fuzz-server", "lane-", "door"];
 
 /// The largest message the server takes.
 const LARGEST_MESSAGE: usize = 1 << 20;
@@ -66,10 +67,11 @@ impl Witness {
         let (socket, _) =
             client_async(format!("ws://{address}/v1/opamp"), stream).await.expect("a handshake");
         let uid = InstanceUid::generate().as_bytes().to_vec();
-        Self {
-            report: AgentToServer { instance_uid: uid, capabilities: 1, ..AgentToServer::default() },
-            socket,
-        }
+        let report = AgentToServer { instance_uid: uid, capabilities: 1, ..AgentToServer::default() };
+        let mut witness = Self { report, socket };
+        // A link that nobody speaks on is closed after a while.
+        witness.speak().await.expect("its first report is answered");
+        witness
     }
 
     async fn speak(&mut self) -> Result<(), String> {
@@ -110,13 +112,15 @@ impl Http {
     pub(crate) fn start() -> Self {
         let usual = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
-            if std::thread::current().name() == Some(THREADS) {
+            let thread = std::thread::current();
+            let name = thread.name().unwrap_or_default();
+            if THREADS.iter().any(|threads| name.starts_with(threads)) {
                 PANICS.fetch_add(1, Ordering::SeqCst);
             }
             usual(panic);
         }));
         let runtime = tokio::runtime::Builder::new_multi_thread()
-            .thread_name(THREADS)
+            .thread_name(THREADS[0])
             .enable_all()
             .build()
             .expect("a runtime");
