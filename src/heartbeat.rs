@@ -125,10 +125,11 @@ impl HeartbeatMonitor {
                 Some(expired) = std::future::poll_fn(|context| self.deadlines.poll_expired(context)),
                     if !self.deadlines.is_empty() => expired.into_inner(),
             };
-            // What came before the deadline may not have been read: its lane has to come to it first.
+            // What came before the deadline may not have been read: its lane has to come to it first. Most have ended or
+            // were heard meanwhile, and nobody is asked for them.
             let now = self.history.clock().tick();
-            let deadline = self.deadline(&expired);
-            if self.asked < deadline && deadline <= now {
+            let unread = |deadline| self.asked < deadline && deadline <= now;
+            if expired.connection.ended().is_none() && unread(self.deadline(&expired)) {
                 if stop.run_until_cancelled(lanes.come_round()).await != Some(true) {
                     return;
                 }

@@ -48,10 +48,10 @@ impl Lanes {
         Ok(Self { threads: threads.into() })
     }
 
-    /// Where newcomers are let in.
+    /// Where newcomers are let in; where there are no threads, the runtime that asks.
     #[must_use]
-    pub fn door(&self) -> Option<&Handle> {
-        self.threads.first()
+    pub fn door(&self) -> Handle {
+        self.threads.first().cloned().unwrap_or_else(Handle::current)
     }
 
     /// Where links live.

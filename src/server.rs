@@ -193,10 +193,8 @@ impl Server {
             &lanes,
             stops.flushing.clone(),
         );
-        if let Some(door) = lanes.door() {
-            // A fleet that comes at once does not wait behind what it has set going.
-            owners.spawn_on(owned("agents' listener", listener.run()), door);
-        }
+        // A fleet that comes at once does not wait behind what it has set going.
+        owners.spawn_on(owned("agents' listener", listener.run()), &lanes.door());
         let (stopping, ordered) = (Arc::new(AtomicBool::new(false)), Arc::new(Notify::new()));
         let orders = Orders {
             store: Arc::clone(&services.store),

@@ -18,7 +18,7 @@ use super::stream::{BATCH, Batch, Source};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::store::{
-    ConnectionRow, HistoryFilter, PageRequest, Span, StayPlace, Store, StoreError, Transition,
+    ConnectionRow, HistoryFilter, PageRequest, Span, StayPlace, Store, StoreError, Transition, cut,
 };
 
 /// One page of the connection history.
@@ -168,9 +168,8 @@ pub(super) async fn history_of_all(
         let store = Arc::clone(&state.store);
         return export(form, ConnectionsOfAll { store, span, after: None }).await;
     };
-    let mut rows = state.store.next_connections_of_all(span, page.after, page.limit + 1).await?;
-    let more = rows.len() > page.limit as usize;
-    rows.truncate(page.limit as usize);
+    let rows = state.store.next_connections_of_all(span, page.after, page.limit + 1).await?;
+    let (rows, more) = cut(rows, page.limit);
     let last = rows.last().filter(|_| more);
     let last = last.map(|row| format!("{}.{}", row.connected_at.as_micros(), row.id));
     Ok(document(FleetConnectionPage { from: span.from, to: span.to, connections: rows, next_cursor: last }))

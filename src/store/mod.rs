@@ -40,6 +40,7 @@ pub use connections::{ConnectionRow, HistoryFilter, PolledConnection};
 pub use migrations::{MigrationState, Migrations};
 pub use nodes::{Heir, Held, NewNode, NodeStart, Peer};
 pub use orders::{CloseOrder, Deleted, Deletion, Reconnect};
+pub(crate) use page::cut;
 pub use past::{
     FleetPast, MOST_ROWS, Observer, PastAgent, PastAgents, PastFilter, PastSummary, Span, Stay, StayPlace,
     Stays, Watch,

@@ -34,7 +34,7 @@ where
 }
 
 /// The items of a page that was read one item further than its limit, and whether more follow.
-pub(super) fn cut<T>(mut items: Vec<T>, limit: u32) -> (Vec<T>, bool) {
+pub(crate) fn cut<T>(mut items: Vec<T>, limit: u32) -> (Vec<T>, bool) {
     let limit = usize::try_from(limit).unwrap_or(usize::MAX);
     let more = items.len() > limit;
     items.truncate(limit);
