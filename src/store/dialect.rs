@@ -226,7 +226,8 @@ impl Dialect for Sqlite {
     const TABLE_EXISTS: &'static str =
         "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = $1";
     const LOCK_MIGRATIONS: &'static str = "SELECT 1";
-    const ELEMENTS: &'static str = "json_each($1)";
+    // Elements that are arrays come parsed: each of their columns would read the whole text of its row again.
+    const ELEMENTS: &'static str = "jsonb_each($1)";
 
     fn element(index: usize, column: Column) -> String {
         match column {
