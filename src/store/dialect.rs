@@ -26,6 +26,8 @@ pub(super) enum Column {
     Boolean,
     Text,
     Json,
+    /// A list of texts.
+    Texts,
 }
 
 /// A database.
@@ -51,6 +53,10 @@ pub(super) trait Dialect: Database {
     /// stands between two, the end, and the name of the table in the conditions. SQLite walks the largest index
     /// where it meets an OR beside another condition.
     const EITHER: [&'static str; 4];
+    /// After `agent_attribute_sets t`: the condition that it has one pair, before and after that.
+    const WITH_PAIR: [&'static str; 2];
+    /// After `agent_attribute_sets t` of which the causes are read: SQLite is told of the index without what is wide.
+    const CAUSES: &'static str;
     /// True where a page of agents is found by their ids first and its rows are read then: SQLite sorts whatever is
     /// selected. Postgres joins as it walks and would look for the rows once more.
     const PAGE_FIRST: bool;
@@ -120,6 +126,8 @@ impl Dialect for Postgres {
     const PAGE_FIRST: bool = false;
     const ROWS_BEFORE: [&'static str; 4] = ["c.agent_id >= ", " AND (c.agent_id, c.id) < (", ", ", ")"];
     const EITHER: [&'static str; 4] = ["(", " OR ", ")", "a"];
+    const WITH_PAIR: [&'static str; 2] = ["WHERE t.pairs @> ARRAY[", "]"];
+    const CAUSES: &'static str = "";
     const LEAST: &'static str = "least";
     const GREATEST: &'static str = "greatest";
     const ANNOUNCE: Option<&'static str> = Some("SELECT pg_notify('opamp_orders', '')");
@@ -138,6 +146,10 @@ impl Dialect for Postgres {
             include_str!("../../migrations/postgres/0003_reads.up.sql"),
             include_str!("../../migrations/postgres/0003_reads.down.sql"),
         ),
+        (
+            include_str!("../../migrations/postgres/0004_attributes.up.sql"),
+            include_str!("../../migrations/postgres/0004_attributes.down.sql"),
+        ),
     ];
     const TABLE_EXISTS: &'static str =
         "SELECT count(*) FROM pg_tables WHERE schemaname = current_schema() AND tablename = $1";
@@ -155,6 +167,7 @@ impl Dialect for Postgres {
             Column::Boolean => format!("(value->>{index})::boolean"),
             Column::Text => format!("value->>{index}"),
             Column::Json => format!("nullif(value->{index}, 'null'::jsonb)"),
+            Column::Texts => format!("ARRAY(SELECT jsonb_array_elements_text(value->{index}))"),
         }
     }
 
@@ -204,6 +217,12 @@ impl Dialect for Sqlite {
         ")",
         "n",
     ];
+    const WITH_PAIR: [&'static str; 2] = [
+        "INDEXED BY agent_attribute_sets_agents WHERE t.number IN
+             (SELECT i.rowid FROM agent_attribute_index i WHERE agent_attribute_index MATCH hex(",
+        "))",
+    ];
+    const CAUSES: &'static str = "INDEXED BY agent_attribute_sets_agents";
     const LEAST: &'static str = "min";
     const GREATEST: &'static str = "max";
     const ANNOUNCE: Option<&'static str> = None;
@@ -222,6 +241,10 @@ impl Dialect for Sqlite {
             include_str!("../../migrations/sqlite/0003_reads.up.sql"),
             include_str!("../../migrations/sqlite/0003_reads.down.sql"),
         ),
+        (
+            include_str!("../../migrations/sqlite/0004_attributes.up.sql"),
+            include_str!("../../migrations/sqlite/0004_attributes.down.sql"),
+        ),
     ];
     const TABLE_EXISTS: &'static str =
         "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = $1";
@@ -232,7 +255,12 @@ impl Dialect for Sqlite {
     fn element(index: usize, column: Column) -> String {
         match column {
             Column::Uuid => format!("unhex(value->>{index}, '-')"),
-            Column::Moment | Column::Integer | Column::Boolean | Column::Text | Column::Json => {
+            Column::Moment
+            | Column::Integer
+            | Column::Boolean
+            | Column::Text
+            | Column::Json
+            | Column::Texts => {
                 format!("value->>{index}")
             }
         }

@@ -10,6 +10,7 @@
 //! [`OrderStore`]; what a restart restores → [`NodeStore`]; what was at a moment → [`PastStore`].
 
 mod agents;
+mod attributes;
 mod connections;
 mod dialect;
 mod migrations;

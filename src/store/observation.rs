@@ -2,16 +2,18 @@
 
 use async_trait::async_trait;
 use futures_util::TryStreamExt;
+use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, QueryBuilder, Type};
 use uuid::Uuid;
 
+use super::attributes::{Causes, select_causes};
 use super::dialect::{Dialect, SqlStore, bounded, failure};
 use super::past::select_open_at;
 use super::{ObservationStore, StoreError};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::close::CloseReason;
-use crate::incidents::{CauseKind, End, Observation, Stay};
+use crate::incidents::{End, Observation, Stay};
 
 /// A connection that ended within the observation.
 #[derive(FromRow)]
@@ -43,9 +45,8 @@ where
     for<'r> Ended: FromRow<'r, D::Row>,
     for<'r> Staying: FromRow<'r, D::Row>,
     for<'r> (Uuid, String): FromRow<'r, D::Row>,
-    for<'r> (Uuid, String, String): FromRow<'r, D::Row>,
+    for<'r> (Uuid, Causes): FromRow<'r, D::Row>,
     usize: ColumnIndex<D::Row>,
-    for<'q> &'q str: Encode<'q, D> + Type<D>,
     for<'q> String: Encode<'q, D> + Type<D>,
     for<'q> i64: Encode<'q, D> + Decode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Decode<'q, D> + Type<D>,
@@ -98,8 +99,7 @@ where
     D::Arguments: IntoArguments<D>,
     for<'r> Staying: FromRow<'r, D::Row>,
     for<'r> (Uuid, String): FromRow<'r, D::Row>,
-    for<'r> (Uuid, String, String): FromRow<'r, D::Row>,
-    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'r> (Uuid, Causes): FromRow<'r, D::Row>,
     for<'q> String: Encode<'q, D> + Type<D>,
     for<'q> i64: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
@@ -114,12 +114,14 @@ where
     /// Adds the attributes of the agents and the names of the nodes.
     async fn describe(&self, observation: &mut Observation) -> Result<(), StoreError> {
         let mut query = QueryBuilder::<D>::new("");
-        select_attributes(&mut query);
-        let mut attributes = query.build_query_as::<(Uuid, String, String)>().fetch(&self.readers);
-        while let Some((agent, key, value)) = attributes.try_next().await.map_err(failure::<D>)? {
-            observation.add_attribute(InstanceUid::from(agent), &key, value);
+        select_causes(&mut query);
+        let mut agents = query.build_query_as::<(Uuid, Causes)>().fetch(&self.readers);
+        while let Some((agent, Json(causes))) = agents.try_next().await.map_err(failure::<D>)? {
+            for (key, value) in causes {
+                observation.add_attribute(InstanceUid::from(agent), &key, value);
+            }
         }
-        drop(attributes);
+        drop(agents);
         let query = sqlx::query_as("SELECT id, name FROM nodes");
         let nodes: Vec<(Uuid, String)> = query.fetch_all(&self.readers).await.map_err(failure::<D>)?;
         for (node, name) in nodes {
@@ -143,18 +145,4 @@ where
     );
     query.push_bind(begins).push(" AND c.disconnected_at < ").push_bind(ends);
     query.push(" ORDER BY c.disconnected_at DESC LIMIT ").push_bind(i64::from(most));
-}
-
-/// Adds the query for the attributes that may be causes.
-pub(super) fn select_attributes<D>(query: &mut QueryBuilder<D>)
-where
-    D: Dialect,
-    for<'q> &'q str: Encode<'q, D> + Type<D>,
-{
-    query.push("SELECT t.agent_id, t.key, t.value FROM agent_attributes t WHERE t.key IN (");
-    let mut keys = query.separated(", ");
-    for kind in CauseKind::ATTRIBUTES {
-        keys.push_bind(kind.label());
-    }
-    query.push(")");
 }

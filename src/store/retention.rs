@@ -82,7 +82,7 @@ where
             let gone: Vec<Value> = gone.into_iter().map(|(id,)| json!([id])).collect();
             let ids = rows::<D>(&[("id", Column::Uuid)]);
             for text in [
-                format!("DELETE FROM agent_attributes WHERE agent_id IN (SELECT r.id FROM {ids} r)"),
+                format!("DELETE FROM agent_attribute_sets WHERE agent_id IN (SELECT r.id FROM {ids} r)"),
                 format!("DELETE FROM agent_liveness WHERE agent_id IN (SELECT r.id FROM {ids} r)"),
                 format!("DELETE FROM agent_status_log WHERE agent_id IN (SELECT r.id FROM {ids} r)"),
                 format!("UPDATE agents SET previous_id = NULL WHERE previous_id IN (SELECT r.id FROM {ids} r)"),

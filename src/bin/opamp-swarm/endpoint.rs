@@ -4,9 +4,11 @@
 //! and that opening a connection ends in bounded time. Must not know what is said on it.
 
 use std::{
-    fmt,
+    fmt, io,
     net::{IpAddr, SocketAddr},
+    ops::Range,
     str::FromStr,
+    sync::atomic::{AtomicU16, Ordering},
     time::Duration,
 };
 
@@ -23,6 +25,8 @@ use crate::loss::Loss;
 /// The longest an attempt to connect, handshake included, may take.
 pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 const DEFAULT_PORT: u16 = 80;
+/// The ports that a source address is used with: those that systems give to whoever asks for any.
+const PORTS: Range<u16> = 32_768..61_000;
 
 /// The two ways an agent talks to the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -71,7 +75,27 @@ pub(crate) struct Endpoint {
     /// Bodies are packed, in both directions.
     pub(crate) gzip: bool,
     address: SocketAddr,
-    sources: Vec<IpAddr>,
+    sources: Vec<Source>,
+}
+
+/// A local address, with the number of ports that were taken in turn.
+///
+/// A system that is asked for any port of an address looks for one that nobody has, before it knows for which peer: with
+/// ten thousand links that takes longer than all that follows.
+struct Source {
+    address: IpAddr,
+    taken: AtomicU16,
+}
+
+impl Source {
+    fn new(address: IpAddr) -> Self {
+        Self { address, taken: AtomicU16::new(0) }
+    }
+
+    fn next(&self) -> SocketAddr {
+        let turn = self.taken.fetch_add(1, Ordering::Relaxed) % (PORTS.end - PORTS.start);
+        (self.address, PORTS.start + turn).into()
+    }
 }
 
 impl Endpoint {
@@ -93,18 +117,49 @@ impl Endpoint {
             .with_context(|| format!("cannot resolve {host}"))?
             .find(fits)
             .with_context(|| format!("no address of {host} goes with the source addresses"))?;
+        let sources = sources.into_iter().map(Source::new).collect();
         Ok(Self { transport, authorization: token.map(bearer).transpose()?, uri, gzip, address, sources })
     }
 
     /// Opens a TCP connection from the source address whose turn it is.
     pub(crate) async fn dial(&self, turn: usize) -> Result<TcpStream, Loss> {
-        let socket = if self.address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-        if let Some(source) = self.sources.get(turn % self.sources.len().max(1)) {
-            socket.bind((*source, 0).into())?;
-        }
-        let stream = socket.connect(self.address).await?;
+        let stream = match self.sources.get(turn % self.sources.len().max(1)) {
+            Some(source) => self.dial_from(source).await?,
+            None => self.socket()?.connect(self.address).await?,
+        };
         stream.set_nodelay(true)?;
         Ok(stream)
+    }
+
+    fn socket(&self) -> io::Result<TcpSocket> {
+        if self.address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }
+    }
+
+    /// Opens a TCP connection from the next port of `source` that is free.
+    async fn dial_from(&self, source: &Source) -> io::Result<TcpStream> {
+        let mut busy = io::ErrorKind::AddrInUse.into();
+        for _ in PORTS {
+            let local = source.next();
+            // Where nobody listens, it would meet itself.
+            if local == self.address {
+                continue;
+            }
+            let socket = self.socket()?;
+            // A link that ended leaves its port behind for a minute, of which only the same peer takes notice.
+            socket.set_reuseaddr(true)?;
+            match socket.bind(local) {
+                Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+                    busy = error;
+                    continue;
+                }
+                bound => bound?,
+            }
+            match socket.connect(self.address).await {
+                Err(error) if error.kind() == io::ErrorKind::AddrNotAvailable => busy = error,
+                connected => return connected,
+            }
+        }
+        Err(busy)
     }
 
     /// The request that asks for a WebSocket.
@@ -138,6 +193,24 @@ mod tests {
         for wrong in ["wss://host/x", "host:4320", "/v1/opamp", ""] {
             assert_eq!(transport(wrong), None, "{wrong}");
         }
+    }
+
+    #[tokio::test]
+    async fn a_port_that_is_taken_is_passed_over() {
+        let anywhere = SocketAddr::from(([127, 0, 0, 1], 0));
+        let server = tokio::net::TcpListener::bind(anywhere).await.unwrap();
+        let url = format!("ws://{}/", server.local_addr().unwrap());
+        let source = IpAddr::from([127, 0, 0, 77]);
+        let endpoint =
+            async || Endpoint::resolve(url.parse().unwrap(), vec![source], None, false).await.unwrap();
+        let (first, second) = (endpoint().await, endpoint().await);
+        let taken = first.dial(0).await.unwrap().local_addr().unwrap();
+        assert_eq!(taken.ip(), source);
+        // It would take the same port, if it did not meet the server that listens there by now.
+        let _listening = tokio::net::TcpListener::bind(taken).await.unwrap();
+        let other = second.dial(0).await.unwrap().local_addr().unwrap();
+        assert_eq!(other.ip(), source);
+        assert_ne!(other, taken);
     }
 
     #[test]

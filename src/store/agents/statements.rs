@@ -7,6 +7,7 @@ use super::AgentFilter;
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::store::PageRequest;
+use crate::store::attributes::has_attribute;
 use crate::store::dialect::Dialect;
 
 pub(super) const ROW: &str = "a.id, a.name, a.host, a.status, a.status_since, a.offline_at, a.connection_id, c.transport,
@@ -134,11 +135,8 @@ where
         query.push_bind(transport.label()).push(")");
     }
     for (key, value) in &filter.attributes {
-        query.push(" AND ").push(D::LOOK_THROUGH);
-        query
-            .push("a.id IN (SELECT t.agent_id FROM agent_attributes t WHERE t.key = ")
-            .push_bind(key.clone());
-        query.push(" AND t.value = ").push_bind(value.clone()).push(")");
+        query.push(" AND ");
+        has_attribute(query, key, value);
     }
     if let Some(since) = filter.unseen_since {
         query.push(" AND l.last_seen_at < ").push_bind(since);

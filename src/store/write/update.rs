@@ -3,8 +3,10 @@
 //! Most documents travel in the batch. A bulky one goes by itself, bound as it is: inside a batch the
 //! databases would read and copy it many times over.
 
+use std::collections::HashSet;
+
 use serde::ser::{Serialize, SerializeTuple, Serializer};
-use serde_json::{Value, json};
+use serde_json::Value;
 use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, Transaction, Type};
 use uuid::Uuid;
@@ -13,6 +15,7 @@ use super::{AgentUpdate, LockedAgent, OpenRow, Seen};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::store::StoreError;
+use crate::store::attributes::attribute_set;
 use crate::store::dialect::{Column, Dialect, SqlStore, batch, failure, rows, sql};
 
 /// Documents with more text than so many bytes go by themselves.
@@ -136,9 +139,9 @@ where
     pub(super) async fn update_agents(
         tx: &mut Transaction<'_, D>,
         updates: &[&AgentUpdate],
-    ) -> Result<Vec<InstanceUid>, StoreError> {
+    ) -> Result<HashSet<InstanceUid>, StoreError> {
         if updates.is_empty() {
-            return Ok(Vec::new());
+            return Ok(HashSet::new());
         }
         let kept: Vec<String> = ["healthy", "sync_revision", "components_hash"]
             .iter()
@@ -169,7 +172,7 @@ where
             .fetch_all(&mut **tx)
             .await
             .map_err(failure::<D>)?;
-        let stored: Vec<InstanceUid> = stored.into_iter().map(|(id,)| id.into()).collect();
+        let stored: HashSet<InstanceUid> = stored.into_iter().map(|(id,)| id.into()).collect();
         let stored_updates: Vec<_> =
             updates.iter().copied().filter(|update| stored.contains(&update.agent)).collect();
         let seen = |update: &&AgentUpdate| Seen {
@@ -179,7 +182,11 @@ where
             unsaved: false,
         };
         Self::update_liveness(tx, stored_updates.iter().map(seen)).await?;
-        Self::replace_attributes(tx, &stored_updates).await?;
+        let described = stored_updates.iter().filter_map(|update| {
+            update.documents.description.as_ref().map(|described| (update.agent, &described.attributes))
+        });
+        let sets: Vec<_> = described.map(|(agent, attributes)| attribute_set(agent, attributes)).collect();
+        Self::replace_attributes(tx, &sets).await?;
         for update in &stored_updates {
             Self::store_bulky(tx, update).await?;
         }
@@ -225,37 +232,12 @@ where
         .map_err(failure::<D>)?;
         Ok(())
     }
-
-    /// Replaces the indexed attributes of agents whose description changed.
-    async fn replace_attributes(
-        tx: &mut Transaction<'_, D>,
-        updates: &[&AgentUpdate],
-    ) -> Result<(), StoreError> {
-        let (mut agents, mut attributes) = (Vec::new(), Vec::new());
-        for update in updates {
-            let Some(described) = &update.documents.description else { continue };
-            agents.push(json!([update.agent]));
-            attributes.extend(described.attributes.iter().map(|(key, value)| (key, value, update.agent)));
-        }
-        // In the order of the index over all agents: each of its pages is visited once.
-        attributes.sort_unstable_by_key(|(key, value, agent)| (*key, value.as_str(), *agent));
-        let attributes =
-            attributes.into_iter().map(|(key, value, agent)| json!([agent, key, value])).collect();
-        let rows_to_drop = rows::<D>(&[("id", Column::Uuid)]);
-        let text =
-            format!("DELETE FROM agent_attributes WHERE agent_id IN (SELECT r.id FROM {rows_to_drop} r)");
-        Self::execute(tx, text, agents).await?;
-        let columns = [("id", Column::Uuid), ("key", Column::Text), ("val", Column::Text)];
-        let text = format!(
-            "INSERT INTO agent_attributes (agent_id, key, value) SELECT r.id, r.key, r.val FROM {} r",
-            rows::<D>(&columns)
-        );
-        Self::execute(tx, text, attributes).await
-    }
 }
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]

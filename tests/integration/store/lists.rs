@@ -83,6 +83,12 @@ pub(super) async fn a_list_is_narrowed_by_transport(store: Arc<dyn Store>) {
     }
 }
 
+/// Who is found by attributes, each of which must match.
+async fn found_by(store: &Arc<dyn Store>, wanted: &[(&str, &str)]) -> Vec<InstanceUid> {
+    let attributes = wanted.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
+    found(store, AgentFilter { attributes, ..AgentFilter::default() }).await
+}
+
 /// Attributes are compared whole, as text, and all of them must match.
 pub(super) async fn a_list_is_narrowed_by_attributes(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
@@ -99,15 +105,62 @@ pub(super) async fn a_list_is_narrowed_by_attributes(store: Arc<dyn Store>) {
         (vec![("zone", "EU")], vec![]),
         (vec![("zone", "%")], vec![]),
         (vec![("eu", "zone")], vec![]),
+        (vec![("zone=eu", "")], vec![]),
+        (vec![("", "")], vec![]),
     ] {
-        let attributes: BTreeMap<_, _> =
-            wanted.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
         let expected: Vec<_> = numbers.into_iter().map(uid).collect();
-        assert_eq!(
-            found(&store, AgentFilter { attributes, ..AgentFilter::default() }).await,
-            expected,
-            "{wanted:?}"
-        );
+        assert_eq!(found_by(&store, &wanted).await, expected, "{wanted:?}");
+    }
+}
+
+/// An attribute is found by what it is, whatever that means to an index; and nothing else is.
+pub(super) async fn odd_attributes_are_found_as_they_are(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    let long = "\u{1f980}".repeat(255);
+    let odd = [
+        ("a=b", "c"),
+        ("a", "b=c"),
+        ("a%3Db", "c"),
+        ("", ""),
+        ("NOT", "zone OR * NEAR(a b) \"^"),
+        ("quoted", "'\"\\{},[]\u{1}\n\t"),
+        (long.as_str(), long.as_str()),
+        ("é", "É"),
+    ];
+    for (number, pair) in (1..).zip(odd) {
+        let opened = node.open(uid(number), at(10)).await;
+        assert!(update(&store, node.described(&opened, uid(number), at(11), &[pair])).await);
+    }
+    for (number, pair) in (1..).zip(odd) {
+        assert_eq!(found_by(&store, &[pair]).await, [uid(number)], "{pair:?}");
+    }
+    assert_eq!(found_by(&store, &[("é", "é")]).await, []);
+    assert_eq!(found_by(&store, &odd[..2]).await, []);
+}
+
+/// What an agent no longer says does not find it, what it says again does.
+pub(super) async fn an_agent_is_found_by_what_it_says_now(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    let (zone, tier, rank) = (("zone", "eu"), ("tier", "edge"), ("rank", "7"));
+    let mut held = Vec::new();
+    for number in [1, 2] {
+        let opened = node.open(uid(number), at(10)).await;
+        assert!(update(&store, node.described(&opened, uid(number), at(11), &[zone, tier])).await);
+        held.push(opened);
+    }
+    let say = async |at, attributes: &[(&str, &str)]| {
+        assert!(update(&store, node.described(&held[0], uid(1), at, attributes)).await);
+    };
+    say(at(12), &[zone, rank]).await;
+    assert_eq!(found_by(&store, &[zone]).await, [uid(1), uid(2)]);
+    assert_eq!(found_by(&store, &[tier]).await, [uid(2)]);
+    assert_eq!(found_by(&store, &[rank]).await, [uid(1)]);
+    say(at(13), &[]).await;
+    assert_eq!(found_by(&store, &[zone]).await, [uid(2)]);
+    assert_eq!(found_by(&store, &[rank]).await, []);
+    for again in [14, 15] {
+        say(at(again), &[tier, zone]).await;
+        assert_eq!(found_by(&store, &[zone, tier]).await, [uid(1), uid(2)]);
     }
 }
 

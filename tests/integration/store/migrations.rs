@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use opamp_server::close::CloseReason;
-use opamp_server::store::{self, Observer, Sighting, Store, StoreError};
+use opamp_server::store::{self, AgentFilter, Observer, PageRequest, Sighting, Store, StoreError};
 use serde_json::json;
 
 use super::scene::{Node, at, create, history, row, uid, update};
@@ -161,4 +161,41 @@ pub(super) async fn an_upgrade_takes_the_oldest_end_for_the_horizon(database: &D
     assert_eq!(raw.number("SELECT count(*) FROM agent_connection_history").await, 2, "down takes no history");
     migrations.up().await.expect("it goes up");
     assert_eq!(horizon(&database.open().await).await, Ok(Some(at(20))));
+}
+
+/// Rows of attributes become sets and sets rows, whatever is in them.
+pub(super) async fn attributes_outlive_migrations_in_both_directions(database: &Database) {
+    let store = database.open().await;
+    let node = Node::start(&store, "a", at(0)).await;
+    let odd = [("a%3Db", "c"), ("a=b", "c=d"), ("host.name", "h1"), ("quoted", "'\"{}[],\u{1}é")];
+    let said = [vec![("zone", "eu")], odd.to_vec(), Vec::new()];
+    for (number, attributes) in (1..).zip(&said) {
+        let opened = node.open(uid(number), at(10)).await;
+        assert!(update(&store, node.described(&opened, uid(number), at(11), attributes)).await);
+    }
+    let raw = database.raw().await;
+    let shown = async || -> Vec<(String, String)> {
+        let agent = raw.literal(uid(2));
+        raw.rows(format!("SELECT key, value FROM agent_attributes WHERE agent_id = {agent} ORDER BY key"))
+            .await
+    };
+    let expected = odd.map(|(key, value)| (key.to_owned(), value.to_owned()));
+    assert_eq!(shown().await, expected);
+    let migrations = store::migrations(database.url(), true).await.expect("the database answers");
+    while migrations.down().await.expect("it goes down").version() > 3 {}
+    assert_eq!(raw.number("SELECT count(*) FROM agent_attributes").await, 5);
+    assert_eq!(shown().await, expected);
+    migrations.up().await.expect("it goes up");
+    assert_eq!(shown().await, expected);
+    let store = database.open().await;
+    for pair in odd {
+        let attributes = [pair].map(|(key, value)| (key.to_owned(), value.to_owned())).into();
+        let filter = AgentFilter { attributes, ..AgentFilter::default() };
+        let page = store.list_agents(&filter, PageRequest { after: None, limit: 10 }).await;
+        let found: Vec<_> = page.expect("the list is read").items.into_iter().map(|agent| agent.id).collect();
+        assert_eq!(found, [uid(2)], "{pair:?}");
+    }
+    let causes =
+        raw.number("SELECT count(*) FROM agent_attribute_sets WHERE CAST(causes AS text) LIKE '%h1%'").await;
+    assert_eq!(causes, 1);
 }

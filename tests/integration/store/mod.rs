@@ -168,6 +168,8 @@ conformance! {
         a_list_is_narrowed_by_every_filter(store),
         a_list_is_narrowed_by_transport(store),
         a_list_is_narrowed_by_attributes(store),
+        odd_attributes_are_found_as_they_are(store),
+        an_agent_is_found_by_what_it_says_now(store),
         a_prefix_finds_id_name_and_host_in_any_case(store),
         a_prefix_finds_names_beyond_ascii(store),
         a_prefix_is_no_pattern(store),
@@ -195,6 +197,7 @@ conformance! {
         an_unknown_migration_that_breaks_nothing_is_tolerated(database),
         stores_that_start_together_migrate_once(database),
         an_upgrade_takes_the_oldest_end_for_the_horizon(database),
+        attributes_outlive_migrations_in_both_directions(database),
     }
     schedules {
         any_schedule_keeps_the_history_true(database),

@@ -1,0 +1,90 @@
+//! The attributes of agents as they are stored and found: one row for each agent, and an inverted index of its pairs.
+//!
+//! A row and an index entry for each attribute would be most of what a fleet writes when it connects first. Here the
+//! databases' own inverted indexes do it: GIN in Postgres, FTS5 in SQLite, which its triggers keep.
+
+use std::collections::BTreeMap;
+
+use serde_json::{Map, Value};
+use sqlx::types::Json;
+use sqlx::{Encode, Executor, IntoArguments, QueryBuilder, Transaction, Type};
+
+use super::StoreError;
+use super::dialect::{Column, Dialect, SqlStore, batch, failure, rows, sql};
+use crate::agent::InstanceUid;
+use crate::incidents::CauseKind;
+
+/// The attributes of an agent that may be causes, key to value.
+pub(super) type Causes = Json<BTreeMap<String, String>>;
+
+/// An attribute as one text, `key=value`. In the key, `%` is `%25` and `=` is `%3D`, so that the first `=` is the border.
+fn pair(key: &str, value: &str) -> String {
+    let key = key.replace('%', "%25").replace('=', "%3D");
+    format!("{key}={value}")
+}
+
+/// Adds the condition that the agent `a` has an attribute with this value.
+pub(super) fn has_attribute<D>(query: &mut QueryBuilder<D>, key: &str, value: &str)
+where
+    D: Dialect,
+    for<'q> String: Encode<'q, D> + Type<D>,
+{
+    let [begin, end] = D::WITH_PAIR;
+    query.push(D::LOOK_THROUGH).push("a.id IN (SELECT t.agent_id FROM agent_attribute_sets t ");
+    query.push(begin).push_bind(pair(key, value)).push(end).push(")");
+}
+
+/// Adds the query for the attributes of all agents that may be causes: its id and [`Causes`].
+pub(super) fn select_causes<D: Dialect>(query: &mut QueryBuilder<D>) {
+    query.push("SELECT t.agent_id, t.causes FROM agent_attribute_sets t ").push(D::CAUSES);
+}
+
+/// The attributes of one agent as an element of its batch.
+pub(super) fn attribute_set(agent: InstanceUid, attributes: &Map<String, Value>) -> AttributeSet<'_> {
+    let texts = || attributes.iter().filter_map(|(key, value)| Some((key.as_str(), value.as_str()?)));
+    let causes = texts().filter(|(key, _)| CauseKind::of_attribute(key).is_some()).collect();
+    (agent, causes, texts().map(|(key, value)| pair(key, value)).collect())
+}
+
+/// Whose attributes, those that may be causes, and all pairs.
+pub(super) type AttributeSet<'a> = (InstanceUid, BTreeMap<&'a str, &'a str>, Vec<String>);
+
+impl<D> SqlStore<D>
+where
+    D: Dialect,
+    for<'c> &'c mut D::Connection: Executor<'c, Database = D>,
+    D::Arguments: IntoArguments<D>,
+    for<'q> String: Encode<'q, D> + Type<D>,
+{
+    /// Replaces the attributes of agents whose rows this transaction holds. Nothing is written where they are the same.
+    pub(super) async fn replace_attributes(
+        tx: &mut Transaction<'_, D>,
+        sets: &[AttributeSet<'_>],
+    ) -> Result<(), StoreError> {
+        if sets.is_empty() {
+            return Ok(());
+        }
+        let columns = [("id", Column::Uuid), ("causes", Column::Json), ("pairs", Column::Texts)];
+        let text = format!(
+            "INSERT INTO agent_attribute_sets (agent_id, causes, pairs) SELECT r.id, r.causes, r.pairs FROM {} r WHERE true
+             ON CONFLICT (agent_id) DO UPDATE SET causes = excluded.causes, pairs = excluded.pairs
+             WHERE agent_attribute_sets.pairs <> excluded.pairs",
+            rows::<D>(&columns)
+        );
+        sqlx::query(sql(text)).bind(batch(sets)).execute(&mut **tx).await.map_err(failure::<D>)?;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_attributes_make_the_same_pair() {
+        assert_eq!(pair("zone", "a=b"), "zone=a=b");
+        assert_eq!(pair("zone=a", "b"), "zone%3Da=b");
+        assert_eq!(pair("zone%3Da", "b"), "zone%253Da=b");
+        assert_eq!(pair("", ""), "=");
+    }
+}
