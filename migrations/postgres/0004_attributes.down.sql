@@ -1,3 +1,5 @@
+-- As on the way up.
+LOCK TABLE agents, agent_attribute_sets IN ACCESS EXCLUSIVE MODE;
 DROP VIEW agent_attributes;
 CREATE TABLE agent_attributes (
     agent_id uuid NOT NULL REFERENCES agents (id),

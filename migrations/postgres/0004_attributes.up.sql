@@ -1,11 +1,13 @@
 -- Attributes in one row for each agent and an inverted index, instead of a row and two index entries for each of them:
 -- what a fleet writes when it connects first is a third, and takes a fifth of the space.
+-- All at once: whoever reads both of them at this moment would wait for one while this waits for the other.
+LOCK TABLE agents, agent_attributes IN ACCESS EXCLUSIVE MODE;
 CREATE TABLE agent_attribute_sets (
     agent_id uuid PRIMARY KEY REFERENCES agents (id),
     -- Those that may be the cause of an incident, key to value.
     causes jsonb NOT NULL,
     -- All of them, as `key=value`. In the key, `%` is written `%25` and `=` is written `%3D`.
-    pairs text[] NOT NULL
+    pairs text[] COLLATE "C" NOT NULL
 );
 INSERT INTO agent_attribute_sets (agent_id, causes, pairs)
 SELECT t.agent_id,

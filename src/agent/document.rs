@@ -185,7 +185,8 @@ fn object<const N: usize>(members: [(&str, Value); N]) -> Value {
 
 /// At most [`INDEXED_LENGTH`] characters of `text`.
 fn cut(text: &str) -> String {
-    text.chars().take(INDEXED_LENGTH).collect()
+    let end = text.char_indices().nth(INDEXED_LENGTH).map_or(text.len(), |(end, _)| end);
+    text[..end].to_owned()
 }
 
 fn described(description: AgentDescription) -> Described {

@@ -123,7 +123,7 @@ pub enum CauseKind {
 }
 
 impl CauseKind {
-    /// The kinds that are attributes of agents.
+    /// The kinds that are attributes of agents. Stores keep these apart from all others: a further one takes a migration.
     pub const ATTRIBUTES: [Self; 8] = [
         Self::Host,
         Self::KubernetesNode,

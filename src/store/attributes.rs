@@ -19,24 +19,34 @@ pub(super) type Causes = Json<BTreeMap<String, String>>;
 
 /// An attribute as one text, `key=value`. In the key, `%` is `%25` and `=` is `%3D`, so that the first `=` is the border.
 fn pair(key: &str, value: &str) -> String {
-    let key = key.replace('%', "%25").replace('=', "%3D");
-    format!("{key}={value}")
+    let mut pair = String::with_capacity(key.len() + 1 + value.len());
+    if key.contains(['%', '=']) {
+        pair.push_str(&key.replace('%', "%25").replace('=', "%3D"));
+    } else {
+        pair.push_str(key);
+    }
+    pair.push('=');
+    pair.push_str(value);
+    pair
 }
 
-/// Adds the condition that the agent `a` has an attribute with this value.
-pub(super) fn has_attribute<D>(query: &mut QueryBuilder<D>, key: &str, value: &str)
+/// Adds the condition that the agent `a` has these attributes, one at least.
+pub(super) fn has_attributes<D>(query: &mut QueryBuilder<D>, attributes: &BTreeMap<String, String>)
 where
     D: Dialect,
     for<'q> String: Encode<'q, D> + Type<D>,
 {
-    let [begin, end] = D::WITH_PAIR;
-    query.push(D::LOOK_THROUGH).push("a.id IN (SELECT t.agent_id FROM agent_attribute_sets t ");
-    query.push(begin).push_bind(pair(key, value)).push(end).push(")");
+    let [begin, between, end] = D::WITH_PAIRS;
+    query.push(D::LOOK_THROUGH).push("a.id IN (SELECT s.agent_id FROM agent_attribute_sets s ");
+    for (index, (key, value)) in attributes.iter().enumerate() {
+        query.push(if index == 0 { begin } else { between }).push_bind(pair(key, value));
+    }
+    query.push(end).push(")");
 }
 
 /// Adds the query for the attributes of all agents that may be causes: its id and [`Causes`].
 pub(super) fn select_causes<D: Dialect>(query: &mut QueryBuilder<D>) {
-    query.push("SELECT t.agent_id, t.causes FROM agent_attribute_sets t ").push(D::CAUSES);
+    query.push("SELECT s.agent_id, s.causes FROM agent_attribute_sets s ").push(D::CAUSES);
 }
 
 /// The attributes of one agent as an element of its batch.
@@ -56,7 +66,7 @@ where
     D::Arguments: IntoArguments<D>,
     for<'q> String: Encode<'q, D> + Type<D>,
 {
-    /// Replaces the attributes of agents whose rows this transaction holds. Nothing is written where they are the same.
+    /// Replaces the attributes of agents whose rows this transaction holds. Where they are the same, the index is left alone.
     pub(super) async fn replace_attributes(
         tx: &mut Transaction<'_, D>,
         sets: &[AttributeSet<'_>],
@@ -66,10 +76,11 @@ where
         }
         let columns = [("id", Column::Uuid), ("causes", Column::Json), ("pairs", Column::Texts)];
         let text = format!(
-            "INSERT INTO agent_attribute_sets (agent_id, causes, pairs) SELECT r.id, r.causes, r.pairs FROM {} r WHERE true
+            "INSERT INTO agent_attribute_sets (agent_id, causes, pairs) SELECT r.id, r.causes, r.pairs FROM {} r WHERE true {}
              ON CONFLICT (agent_id) DO UPDATE SET causes = excluded.causes, pairs = excluded.pairs
-             WHERE agent_attribute_sets.pairs <> excluded.pairs",
-            rows::<D>(&columns)
+             WHERE agent_attribute_sets.pairs <> excluded.pairs OR agent_attribute_sets.causes <> excluded.causes",
+            rows::<D>(&columns),
+            D::SETS_IN_ORDER
         );
         sqlx::query(sql(text)).bind(batch(sets)).execute(&mut **tx).await.map_err(failure::<D>)?;
         Ok(())

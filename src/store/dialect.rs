@@ -53,9 +53,12 @@ pub(super) trait Dialect: Database {
     /// stands between two, the end, and the name of the table in the conditions. SQLite walks the largest index
     /// where it meets an OR beside another condition.
     const EITHER: [&'static str; 4];
-    /// After `agent_attribute_sets t`: the condition that it has one pair, before and after that.
-    const WITH_PAIR: [&'static str; 2];
-    /// After `agent_attribute_sets t` of which the causes are read: SQLite is told of the index without what is wide.
+    /// After `agent_attribute_sets s`: the condition that it has some pairs, before, between and after them.
+    const WITH_PAIRS: [&'static str; 3];
+    /// The order in which `r` is best written into `agent_attribute_sets`: the inverted index of SQLite is written anew
+    /// wherever a row comes before the last one.
+    const SETS_IN_ORDER: &'static str;
+    /// After `agent_attribute_sets s` of which the causes are read: SQLite is told of the index without what is wide.
     const CAUSES: &'static str;
     /// True where a page of agents is found by their ids first and its rows are read then: SQLite sorts whatever is
     /// selected. Postgres joins as it walks and would look for the rows once more.
@@ -126,7 +129,8 @@ impl Dialect for Postgres {
     const PAGE_FIRST: bool = false;
     const ROWS_BEFORE: [&'static str; 4] = ["c.agent_id >= ", " AND (c.agent_id, c.id) < (", ", ", ")"];
     const EITHER: [&'static str; 4] = ["(", " OR ", ")", "a"];
-    const WITH_PAIR: [&'static str; 2] = ["WHERE t.pairs @> ARRAY[", "]"];
+    const WITH_PAIRS: [&'static str; 3] = ["WHERE s.pairs @> ARRAY[", ", ", "]"];
+    const SETS_IN_ORDER: &'static str = "";
     const CAUSES: &'static str = "";
     const LEAST: &'static str = "least";
     const GREATEST: &'static str = "greatest";
@@ -191,6 +195,10 @@ impl Dialect for Postgres {
         let code = error.code().unwrap_or_default();
         match code.as_ref() {
             "40001" | "40P01" => StoreError::Conflict,
+            "2BP01" => StoreError::Schema(format!(
+                "{}: drop what was built on it, migrate, and build it again",
+                error.message()
+            )),
             // Data, integrity, program limits: this very data. Whatever else goes wrong, a wrong
             // password or a missing table included, is the store's own trouble and passes.
             code if ["22", "23", "54"].iter().any(|class| code.starts_with(class)) => {
@@ -217,11 +225,14 @@ impl Dialect for Sqlite {
         ")",
         "n",
     ];
-    const WITH_PAIR: [&'static str; 2] = [
-        "INDEXED BY agent_attribute_sets_agents WHERE t.number IN
+    const WITH_PAIRS: [&'static str; 3] = [
+        "INDEXED BY agent_attribute_sets_agents WHERE s.number IN
              (SELECT i.rowid FROM agent_attribute_index i WHERE agent_attribute_index MATCH hex(",
+        ") || ' AND ' || hex(",
         "))",
     ];
+    const SETS_IN_ORDER: &'static str = "ORDER BY
+        (SELECT s.number FROM agent_attribute_sets s WHERE s.agent_id = r.id) NULLS LAST";
     const CAUSES: &'static str = "INDEXED BY agent_attribute_sets_agents";
     const LEAST: &'static str = "min";
     const GREATEST: &'static str = "max";

@@ -27,7 +27,7 @@ use crate::site::{self, Foreign};
 const COME_BACK: std::ops::RangeInclusive<u32> = 30..=60;
 
 /// How long the writes that wait for the store may take at its present pace before newcomers have to come later.
-const LONGEST_QUEUE: Duration = Duration::from_secs(2);
+const LONGEST_QUEUE: Duration = Duration::from_secs(5);
 
 /// How many sockets beyond `agents.max_connections` are kept until they are answered that it is full.
 const DOORWAY: usize = 64;

@@ -33,7 +33,7 @@ use crate::truth::Shown;
 const LONELY: Duration = Duration::from_secs(10);
 
 /// How long the writes that wait may take before newcomers have to come later.
-const LONGEST_QUEUE: Duration = Duration::from_secs(2);
+const LONGEST_QUEUE: Duration = Duration::from_secs(5);
 
 /// How long a link may not be read for what is read then to prove something.
 const ABSENCE: Duration = Duration::from_secs(1);

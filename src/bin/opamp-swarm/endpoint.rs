@@ -7,6 +7,7 @@ use std::{
     fmt, io,
     net::{IpAddr, SocketAddr},
     ops::Range,
+    process,
     str::FromStr,
     sync::atomic::{AtomicU16, Ordering},
     time::Duration,
@@ -27,6 +28,8 @@ pub(crate) const CONNECT_LIMIT: Duration = Duration::from_secs(30);
 const DEFAULT_PORT: u16 = 80;
 /// The ports that a source address is used with: those that systems give to whoever asks for any.
 const PORTS: Range<u16> = 32_768..61_000;
+/// How many ports are tried that turn out to be taken.
+const PORTS_TRIED: usize = 1_000;
 
 /// The two ways an agent talks to the server.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -89,7 +92,9 @@ struct Source {
 
 impl Source {
     fn new(address: IpAddr) -> Self {
-        Self { address, taken: AtomicU16::new(0) }
+        // Fleets side by side begin elsewhere.
+        let [first, second, ..] = process::id().to_le_bytes();
+        Self { address, taken: AtomicU16::new(u16::from_le_bytes([first, second])) }
     }
 
     fn next(&self) -> SocketAddr {
@@ -138,10 +143,10 @@ impl Endpoint {
     /// Opens a TCP connection from the next port of `source` that is free.
     async fn dial_from(&self, source: &Source) -> io::Result<TcpStream> {
         let mut busy = io::ErrorKind::AddrInUse.into();
-        for _ in PORTS {
+        for _ in 0..PORTS_TRIED {
             let local = source.next();
             // Where nobody listens, it would meet itself.
-            if local == self.address {
+            if local.port() == self.address.port() {
                 continue;
             }
             let socket = self.socket()?;

@@ -7,7 +7,7 @@ use super::AgentFilter;
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 use crate::store::PageRequest;
-use crate::store::attributes::has_attribute;
+use crate::store::attributes::has_attributes;
 use crate::store::dialect::Dialect;
 
 pub(super) const ROW: &str = "a.id, a.name, a.host, a.status, a.status_since, a.offline_at, a.connection_id, c.transport,
@@ -134,9 +134,9 @@ where
         });
         query.push_bind(transport.label()).push(")");
     }
-    for (key, value) in &filter.attributes {
+    if !filter.attributes.is_empty() {
         query.push(" AND ");
-        has_attribute(query, key, value);
+        has_attributes(query, &filter.attributes);
     }
     if let Some(since) = filter.unseen_since {
         query.push(" AND l.last_seen_at < ").push_bind(since);

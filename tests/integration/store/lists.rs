@@ -1,6 +1,5 @@
 //! Lists: filters, pages, summaries and the history of one agent.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use opamp_server::agent::InstanceUid;
@@ -84,7 +83,7 @@ pub(super) async fn a_list_is_narrowed_by_transport(store: Arc<dyn Store>) {
 }
 
 /// Who is found by attributes, each of which must match.
-async fn found_by(store: &Arc<dyn Store>, wanted: &[(&str, &str)]) -> Vec<InstanceUid> {
+pub(super) async fn found_by(store: &Arc<dyn Store>, wanted: &[(&str, &str)]) -> Vec<InstanceUid> {
     let attributes = wanted.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect();
     found(store, AgentFilter { attributes, ..AgentFilter::default() }).await
 }

@@ -150,6 +150,7 @@ conformance! {
     retention {
         what_is_past_its_time_is_forgotten_and_what_is_open_stays(store),
         retired_agents_without_history_are_forgotten(database),
+        attributes_are_forgotten_with_their_agent(database),
         much_is_forgotten_in_batches(database),
         how_far_history_was_forgotten_is_kept(store),
         a_row_stays_while_it_speaks_of_later_time(store),

@@ -7,8 +7,9 @@ use opamp_server::close::CloseReason;
 use opamp_server::store::{Forgotten, Observer, Status, Store};
 use uuid::Uuid;
 
-use super::scene::{Node, at, history, row, status_log, uid};
-use crate::harness::Database;
+use super::lists::found_by;
+use super::scene::{Node, at, delete, history, row, status_log, uid, update};
+use crate::harness::{Database, Kind};
 
 /// Closed rows go by their end, changes of status by their moment; an open row never goes, however old.
 pub(super) async fn what_is_past_its_time_is_forgotten_and_what_is_open_stays(store: Arc<dyn Store>) {
@@ -52,6 +53,38 @@ pub(super) async fn retired_agents_without_history_are_forgotten(database: &Data
     assert_eq!(row(&store, uid(3)).await.status, Status::Offline, "offline is not forgotten");
     let returned = node.open(uid(1), at(2_000)).await;
     assert!(!returned.agent.known, "it starts anew");
+}
+
+/// What a forgotten agent said finds nobody, whoever comes after it.
+pub(super) async fn attributes_are_forgotten_with_their_agent(database: &Database) {
+    let (store, raw) = (database.open().await, database.raw().await);
+    let node = Node::start(&store, "a", at(0)).await;
+    for (number, zone) in [(1, "eu"), (2, "us")] {
+        let opened = node.open(uid(number), at(10)).await;
+        assert!(update(&store, node.described(&opened, uid(number), at(11), &[("zone", zone)])).await);
+        node.end(&opened, uid(number), CloseReason::ClosedByAgent, at(12)).await;
+    }
+    delete(&store, uid(2), at(13), false).await;
+    assert_eq!(store.forget(at(1_000)).await.map(|forgotten| forgotten.agents), Ok(1));
+    assert_eq!(raw.number("SELECT count(*) FROM agent_attributes").await, 1);
+    let heir = node.open(uid(3), at(2_000)).await;
+    assert!(update(&store, node.described(&heir, uid(3), at(2_001), &[("zone", "asia")])).await);
+    for (zone, expected) in [("eu", vec![uid(1)]), ("us", vec![]), ("asia", vec![uid(3)])] {
+        assert_eq!(found_by(&store, &[("zone", zone)]).await, expected, "{zone}");
+    }
+    if database.kind() == Kind::Sqlite {
+        let order =
+            |what| format!("INSERT INTO agent_attribute_index (agent_attribute_index) VALUES ('{what}')");
+        raw.execute(order("integrity-check")).await;
+        // As docs/database.md tells to mend it.
+        raw.execute(order("delete-all")).await;
+        assert_eq!(found_by(&store, &[("zone", "asia")]).await, []);
+        let anew = "INSERT INTO agent_attribute_index (rowid, pairs) SELECT number,
+                (SELECT group_concat(hex(p.value), ' ') FROM json_each(pairs) p) FROM agent_attribute_sets";
+        raw.execute(anew).await;
+        raw.execute(order("integrity-check")).await;
+        assert_eq!(found_by(&store, &[("zone", "asia")]).await, [uid(3)]);
+    }
 }
 
 /// A backlog is worked off in batches of at most 1,000, each a transaction of its own.
