@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use opamp_server::agent::offer::{Answer, compose};
-use opamp_server::agent::report::{AgentState, KnownAgent, digest_of_bytes};
+use opamp_server::agent::report::{AgentState, KnownAgent, Outline};
 use opamp_server::clock::Tick;
 use opamp_server::proto::any_value::Value;
 use opamp_server::proto::{
@@ -65,8 +65,7 @@ fn frame(report: &AgentToServer) -> Vec<u8> {
 /// An agent's state after its first report, which is what heartbeats find.
 fn known() -> AgentState {
     let report = first_report();
-    let digest = digest_of_bytes(&report.encode_to_vec());
-    AgentState::restore(&KnownAgent::default()).absorb(&report, digest).0
+    AgentState::restore(&KnownAgent::default()).absorb(&Outline::of(&report, &report.encode_to_vec())).0
 }
 
 fn decode(criterion: &mut Criterion) {
@@ -85,10 +84,7 @@ fn absorb(criterion: &mut Criterion) {
     {
         let bytes = report.encode_to_vec();
         criterion.bench_function(&format!("absorb/{name}"), |bencher| {
-            bencher.iter(|| {
-                let digest = digest_of_bytes(black_box(&bytes));
-                black_box(&state).absorb(black_box(&report), digest)
-            });
+            bencher.iter(|| black_box(&state).absorb(&Outline::of(black_box(&report), black_box(&bytes))));
         });
     }
 }
@@ -107,9 +103,8 @@ fn heartbeat_s_way(criterion: &mut Criterion) {
     criterion.bench_function("heartbeat, all of it", |bencher| {
         bencher.iter(|| {
             let body = wire::body_of_frame(black_box(&frame)).unwrap_or_default();
-            let digest = digest_of_bytes(body);
             let report = wire::decode_body(body).unwrap_or_default();
-            let (next, change) = state.absorb(&report, digest);
+            let (next, change) = state.absorb(&Outline::of(&report, body));
             let answer = Answer { ask_full_state: change.ask_full_state, new_uid: None };
             (next, wire::encode_frame(&compose(&report.instance_uid, answer)))
         });

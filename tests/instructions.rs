@@ -12,7 +12,7 @@ use std::hint::black_box;
 use std::process::Command;
 
 use opamp_server::agent::offer::{Answer, compose};
-use opamp_server::agent::report::{AgentState, KnownAgent, digest_of_bytes};
+use opamp_server::agent::report::{AgentState, KnownAgent, Outline};
 use opamp_server::proto::AgentToServer;
 use opamp_server::wire;
 use prost::Message;
@@ -32,8 +32,8 @@ fn scene(heartbeats: u64) -> (AgentState, Vec<Vec<u8>>) {
         ..AgentToServer::default()
     };
     let first = report(0);
-    let digest = digest_of_bytes(&first.encode_to_vec());
-    let (state, _) = AgentState::restore(&KnownAgent::default()).absorb(&first, digest);
+    let outline = Outline::of(&first, &first.encode_to_vec());
+    let (state, _) = AgentState::restore(&KnownAgent::default()).absorb(&outline);
     let frame = |number| [vec![0], report(number).encode_to_vec()].concat();
     (state, (1..=heartbeats).map(frame).collect())
 }
@@ -41,9 +41,8 @@ fn scene(heartbeats: u64) -> (AgentState, Vec<Vec<u8>>) {
 /// One heartbeat, as a link and its session treat it.
 fn heartbeat(state: &AgentState, frame: &[u8]) -> (AgentState, Vec<u8>) {
     let body = wire::body_of_frame(frame).expect("a header");
-    let digest = digest_of_bytes(body);
     let report = wire::decode_body(body).expect("a report");
-    let (next, change) = state.absorb(&report, digest);
+    let (next, change) = state.absorb(&Outline::of(&report, body));
     assert!(!change.must_save, "a mere heartbeat");
     let answer = Answer { ask_full_state: change.ask_full_state, new_uid: None };
     (next, wire::encode_frame(&compose(&report.instance_uid, answer)))

@@ -25,10 +25,10 @@ use crate::outage::Outage;
 use crate::pulse::{Expectations, Link, Pulse};
 use crate::sight::Sight;
 use crate::store::{
-    AgentUpdate, ConnectionEnd, Ended, Heir, Held, NewConnection, Older, Opened, Rival, Store, StoreError,
-    Transport, Write, Written,
+    AgentUpdate, ConnectionEnd, Ended, FirstReport, Heir, Held, NewConnection, Older, Opened, Rival, Store,
+    StoreError, Transport, Write, Written,
 };
-use inbox::{AtWork, Concern, Inbox, Job, Reply};
+use inbox::{Answered, AtWork, Concern, Inbox, Job, Reply};
 use writer::Pace;
 pub use writer::Writer;
 
@@ -216,6 +216,8 @@ pub struct Opening<'a> {
     pub poll_grace: Duration,
     /// When the last of the other nodes went: who polled there had to find this one.
     pub peer_lost: Option<Tick>,
+    /// What is stored with it where nothing is on record of the agent.
+    pub first_report: Option<Arc<FirstReport>>,
 }
 
 /// What an opening came to.
@@ -245,14 +247,14 @@ pub enum Saved {
 
 /// Waits until an end is on record.
 #[derive(Debug)]
-pub struct EndTicket(oneshot::Receiver<Reply>);
+pub struct EndTicket(oneshot::Receiver<Answered>);
 
 impl EndTicket {
     /// Waits; `None` where the store took it for wrong or the writer is gone.
     pub async fn recorded(self) -> Option<Ended> {
-        match self.0.await {
-            Ok(Reply::Written(Written::Connection(ended))) => Some(ended),
-            Ok(Reply::Written(_) | Reply::Kept | Reply::Failed(_)) | Err(_) => None,
+        match self.0.await.ok()?.reply {
+            Reply::Written(Written::Connection(ended)) => Some(ended),
+            Reply::Written(_) | Reply::Kept | Reply::Failed(_) => None,
         }
     }
 }
@@ -334,10 +336,13 @@ impl History {
         (Self { shared: Arc::clone(&shared) }, Writer::new(shared))
     }
 
-    /// Opens a connection; it is durable when this returns.
-    pub async fn open(&self, opening: Opening<'_>) -> Result<Opens, StoreError> {
-        let Opening { agent, transport, remote_addr, heard, number, older, spare, poll_grace, peer_lost } =
-            opening;
+    /// Opens a connection; it is durable when this returns, with the first report where nothing was on record of its
+    /// agent.
+    ///
+    /// `share` is held meanwhile, whether anybody waits for it or not, and comes back.
+    pub async fn open(&self, opening: Opening<'_>, share: &mut Option<Share>) -> Result<Opens, StoreError> {
+        let Opening { agent, transport, remote_addr, heard, number, older, spare, poll_grace, .. } = opening;
+        let Opening { peer_lost, first_report, .. } = opening;
         let now = self.shared.clock.moment(heard);
         let proof = if transport == Transport::Http { self.shared.sight.proof(heard) } else { heard };
         let told = self.shared.clock.moment(proof);
@@ -364,18 +369,22 @@ impl History {
                 let excused_from = resumed.max(peer_lost.unwrap_or_default());
                 self.shared.clock.moment(excused_from.after(self.shared.expected.return_time()))
             }),
+            first_report,
         };
-        match self.push(Write::CreateConnection(new), Concern::Nobody, None).await {
-            Ok(Reply::Written(Written::Created(opened))) => {
+        let answered = self.push(Write::CreateConnection(new), Concern::Nobody, share.take()).await;
+        let Answered { reply, share: left } = answered.map_err(|_| writer_gone())?;
+        *share = left;
+        match reply {
+            Reply::Written(Written::Created(opened)) => {
                 self.shared.metrics.connections_opened.of(transport).increment(u64::from(!opened.continued));
                 Ok(Opens::Connection { opened, told })
             }
-            Ok(Reply::Written(Written::Rival(rival))) => {
+            Reply::Written(Written::Rival(rival)) => {
                 self.shared.metrics.clones.increment(u64::from(rival.offers == 1));
                 Ok(Opens::Rival(rival))
             }
-            Ok(Reply::Failed(error)) => Err(error),
-            Ok(Reply::Written(_) | Reply::Kept) | Err(_) => Err(writer_gone()),
+            Reply::Failed(error) => Err(error),
+            Reply::Written(_) | Reply::Kept => Err(writer_gone()),
         }
     }
 
@@ -389,12 +398,13 @@ impl History {
         share: Option<Share>,
     ) -> Result<Saved, StoreError> {
         let saves = Concern::Saves(Arc::clone(connection));
-        match self.push(Write::UpdateAgent(Box::new(update)), saves, share).await {
-            Ok(Reply::Written(Written::Agent(true))) => Ok(Saved::Stored),
-            Ok(Reply::Written(Written::Agent(false))) => Ok(Saved::Superseded),
-            Ok(Reply::Kept) => Ok(Saved::Kept),
-            Ok(Reply::Failed(error)) => Err(error),
-            Ok(Reply::Written(_)) | Err(_) => Err(writer_gone()),
+        let answered = self.push(Write::UpdateAgent(Box::new(update)), saves, share).await;
+        match answered.map_err(|_| writer_gone())?.reply {
+            Reply::Written(Written::Agent(true)) => Ok(Saved::Stored),
+            Reply::Written(Written::Agent(false)) => Ok(Saved::Superseded),
+            Reply::Kept => Ok(Saved::Kept),
+            Reply::Failed(error) => Err(error),
+            Reply::Written(_) => Err(writer_gone()),
         }
     }
 
@@ -511,7 +521,7 @@ impl History {
         self.shared.node_ended.notified().await;
     }
 
-    fn push(&self, write: Write, concern: Concern, share: Option<Share>) -> oneshot::Receiver<Reply> {
+    fn push(&self, write: Write, concern: Concern, share: Option<Share>) -> oneshot::Receiver<Answered> {
         let (answer, answered) = oneshot::channel();
         let at_work = (write.stage() > 0).then(|| AtWork::note(&self.shared.at_work, write.agent()));
         let job = Job::new(write, concern, share, at_work, answer);

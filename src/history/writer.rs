@@ -134,7 +134,7 @@ impl Writer {
                     self.shared.outage.written(Witness::Writer);
                     self.shared.successes.fetch_add(1, Ordering::Relaxed);
                     self.limit = (self.limit * 2).min(BATCH_LIMIT);
-                    self.answer(writes.iter().zip(waiting).zip(written));
+                    self.answer(writes.into_iter().zip(waiting).zip(written));
                 }
                 Err(error) => {
                     let jobs = writes.into_iter().zip(waiting);
@@ -162,6 +162,11 @@ impl Writer {
         } else if batch.len() > 1 {
             let second = batch.split_off(batch.len() / 2);
             parts.push(second);
+            parts.push(batch);
+        } else if let Some(Job { write: Write::CreateConnection(new), .. }) = batch.first_mut()
+            && new.first_report.take().is_some()
+        {
+            // It may be the report that the store refuses: its agent is connected all the same.
             parts.push(batch);
         } else if let Some(job) =
             batch.pop_if(|job| matches!(error, StoreError::Rejected(_)) && job.is_opened_again())
@@ -216,13 +221,13 @@ impl Writer {
         tokio::time::sleep(RETRY_PAUSE).await;
     }
 
-    fn answer<'a>(&self, batch: impl Iterator<Item = ((&'a Write, Waiting), Written)>) {
+    fn answer(&self, batch: impl Iterator<Item = ((Write, Waiting), Written)>) {
         for ((write, waiting), written) in batch {
             let change = match &written {
                 Written::Agent(_) | Written::Rival(_) => None,
                 Written::Connection(ended) => {
                     self.shared.unrecorded.send_modify(|ends| *ends -= 1);
-                    self.count_end(write, ended);
+                    self.count_end(&write, ended);
                     ended.status.as_ref()
                 }
                 Written::Created(opened) => {
@@ -235,6 +240,8 @@ impl Writer {
             if let Some(change) = change {
                 change.log();
             }
+            // Whoever waits is then the last to hold its report.
+            drop(write);
             waiting.answer(Reply::Written(written));
         }
     }

@@ -99,7 +99,7 @@ async fn first_report(
     if report.agent_disconnect.is_some() && !polls_on(services, origin, agent).await? {
         return Ok(Taken::Answered(Answer::default()));
     }
-    let (session, arrival) = match Session::open(services, origin, agent, report).await {
+    let (session, arrival) = match Session::open(services, origin, agent, inbound).await {
         Ok(Opened::Session(session, arrival)) => (slot.insert(session), arrival),
         Ok(Opened::Rival(rival)) => return Ok(Taken::Rival(rival)),
         Err(error) => {

@@ -3,10 +3,12 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 
+use crate::agent::document::Documents;
+use crate::agent::report::{AgentState, Change, KnownAgent, Outline, PartSet};
 use crate::burden::Share;
 use crate::proto::AgentToServer;
 use crate::pulse::Link;
-use crate::store::Transport;
+use crate::store::{FirstReport, Transport};
 
 /// Where reports come from.
 #[derive(Clone, Debug)]
@@ -24,19 +26,48 @@ pub struct Origin {
 pub struct Inbound {
     /// What it says. Parts that are stored are taken out of it.
     pub report: AgentToServer,
-    pub(super) digest: u64,
+    pub(super) outline: Outline,
+    /// The documents of all its parts, where they were made before it was known whose it is.
+    prepared: Option<Arc<FirstReport>>,
     pub(super) share: Option<Share>,
 }
 
 impl Inbound {
-    /// A report that was unfolded under `share`; `digest` is over its bytes, see [`digest_of_bytes`](crate::agent::report::digest_of_bytes).
+    /// A report that was unfolded under `share`.
     #[must_use]
-    pub fn new(report: AgentToServer, digest: u64, share: Share) -> Self {
-        Self { report, digest, share: Some(share) }
+    pub fn new(report: AgentToServer, outline: Outline, share: Share) -> Self {
+        Self { report, outline, prepared: None, share: Some(share) }
+    }
+
+    /// What it makes of an agent of which nothing is on record. None for one that changes nothing or asks for more than
+    /// to be stored, and for a large one, which is not to be carried along in vain.
+    pub(super) fn as_first(&mut self) -> Option<(AgentState, Change, Arc<FirstReport>)> {
+        let (state, change) = AgentState::restore(&KnownAgent::default()).absorb(&self.outline);
+        let plain = change.must_save && !change.leaves && !change.requests_uid;
+        if !plain || self.share.as_ref().is_none_or(Share::is_large) {
+            return None;
+        }
+        let report = self.prepared.get_or_insert_with(|| {
+            Arc::new(FirstReport {
+                sequence_num: state.stored_number(),
+                capabilities: state.capabilities(),
+                documents: Documents::take(&mut self.report, change.parts),
+            })
+        });
+        Some((state, change, Arc::clone(report)))
+    }
+
+    /// The documents of these parts, which are taken out of the report.
+    pub(super) async fn documents(&mut self, parts: PartSet) -> Documents {
+        match self.prepared.take() {
+            // On a connection that has just opened all parts that came are new.
+            Some(report) => Arc::unwrap_or_clone(report).documents,
+            None => self.work(move |report| Documents::take(report, parts)).await,
+        }
     }
 
     /// Works on the report: aside where it is large.
-    pub(super) async fn work<T: Send + 'static>(
+    async fn work<T: Send + 'static>(
         &mut self,
         work: impl FnOnce(&mut AgentToServer) -> T + Send + 'static,
     ) -> T {

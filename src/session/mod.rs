@@ -15,9 +15,8 @@ mod services;
 
 use std::sync::Arc;
 
-use crate::agent::document::Documents;
 use crate::agent::offer::{Answer, Refusal, compose};
-use crate::agent::report::{AgentState, Change, Kind, PartSet, digest_of_bytes};
+use crate::agent::report::{AgentState, Change, Kind, Outline, PartSet};
 use crate::agent::{InstanceUid, is_legacy};
 use crate::clock::{Moment, Tick};
 use crate::close::CloseReason;
@@ -74,6 +73,8 @@ enum Standing {
 enum Arrival {
     /// A connection that it has just made.
     Newcomer,
+    /// The same, of an agent of which nothing was on record: what it changed is stored already.
+    Stored(Change),
     /// A row with which its session goes on from now. This node has told the store of no later sign of life than this.
     Continued(Moment),
     /// A session that knows its agent.
@@ -93,10 +94,14 @@ impl Session {
         services: &Arc<Services>,
         origin: &Origin,
         agent: InstanceUid,
-        report: &AgentToServer,
+        inbound: &mut Inbound,
     ) -> Result<Opened, StoreError> {
         let older = services.hub.get(agent);
         let heard = origin.link.last_byte();
+        // Who is known here, or told what nobody took, goes on from there.
+        let unknown = older.is_none() && !origin.link.has_refused();
+        let first = if unknown { inbound.as_first() } else { None };
+        let report = &inbound.report;
         let opening = Opening {
             agent,
             transport: origin.transport,
@@ -112,8 +117,9 @@ impl Session {
             } else {
                 services.peers.lost_at()
             },
+            first_report: first.as_ref().map(|(.., report)| Arc::clone(report)),
         };
-        let (mut opened, told) = match services.history.open(opening).await? {
+        let (mut opened, told) = match services.history.open(opening, &mut inbound.share).await? {
             Opens::Connection { opened, told } => (opened, told),
             Opens::Rival(rival) => return Ok(Opened::Rival(rival)),
         };
@@ -124,7 +130,11 @@ impl Session {
             // Signs of life that were not flushed yet: who continues them is not asked for full state.
             opened.agent.sequence_num = older.pulse.number().max(opened.agent.sequence_num);
         }
-        let state = AgentState::restore(&opened.agent);
+        let (state, arrival) = match first {
+            Some((state, change, _)) if opened.stored => (state, Arrival::Stored(change)),
+            _ if opened.continued => (AgentState::restore(&opened.agent), Arrival::Continued(told)),
+            _ => (AgentState::restore(&opened.agent), Arrival::Newcomer),
+        };
         let pulse = Pulse::resuming(heard, state.stored_number(), opened.poll_silence);
         let link = Arc::clone(&origin.link);
         let connection = OpenConnection::new(agent, opened.connection_id, origin.transport, link, pulse);
@@ -147,7 +157,6 @@ impl Session {
         }
         session.services.hub.enter(&session.connection);
         session.services.watch.over(Arc::clone(&session.connection), Tick::default()).await;
-        let arrival = if opened.continued { Arrival::Continued(told) } else { Arrival::Newcomer };
         Ok(Opened::Session(session, arrival))
     }
 
@@ -219,13 +228,13 @@ impl Session {
     /// For a poll that was read after this process was stopped: whoever heard its agent later than this may have been
     /// told what is newer. None where nobody can have been.
     fn overtaken_after(&self, arrival: Arrival, heard: Tick) -> Option<Moment> {
-        let late = arrival != Arrival::Newcomer && self.is_read_late(heard);
+        let late = matches!(arrival, Arrival::Known | Arrival::Continued(_)) && self.is_read_late(heard);
         let proof = self.connection.proof(&self.services.sight, heard);
         // What this node told the store itself overtakes nothing. What the row said at its opening does.
         let told = match arrival {
             Arrival::Known => self.connection.sighted(),
             Arrival::Continued(told) => told,
-            Arrival::Newcomer => Moment::default(),
+            Arrival::Newcomer | Arrival::Stored(_) => Moment::default(),
         };
         late.then(|| self.services.clock.moment(proof).max(told))
     }
@@ -262,7 +271,7 @@ impl Session {
         if self.connection.ended().is_some() || self.connection.forgot() || self.question.is_owed() {
             return None;
         }
-        let (next, change) = self.state.absorb(report, digest_of_bytes(bytes));
+        let (next, change) = self.state.absorb(&Outline::of(report, bytes));
         let quiet = !change.must_save && !change.leaves && !change.requests_uid && !change.ask_full_state;
         if !quiet || change.kind == Kind::Rival || self.is_to_be_reminded(&next, change.kind) {
             return None;
@@ -323,12 +332,17 @@ impl Session {
         heard: Tick,
         arrival: Arrival,
     ) -> Result<Taken, Refusal> {
+        if let Arrival::Stored(change) = arrival {
+            self.services.metrics.reports.of(change.kind).increment(1);
+            self.connection.pulse.reported(heard, false);
+            self.adopt(self.state, change, false);
+            return Ok(Taken::Answered(self.answered));
+        }
         if self.connection.forgot() {
             self.connection.asked();
             self.state.forget();
         }
-        let (state, digest) = (self.state, inbound.digest);
-        let (mut next, mut change) = inbound.work(move |report| state.absorb(report, digest)).await;
+        let (mut next, mut change) = self.state.absorb(&inbound.outline);
         let report = &inbound.report;
         self.services.metrics.reports.of(change.kind).increment(1);
         if change.kind == Kind::Rival && !is_legacy(&report.instance_uid) {
@@ -383,7 +397,7 @@ impl Session {
             read_at,
             sequence_num: next.stored_number(),
             capabilities: next.capabilities(),
-            documents: inbound.work(move |report| Documents::take(report, parts)).await,
+            documents: inbound.documents(parts).await,
             late: late.is_some(),
             node_id: self.services.history.node_id(),
         };

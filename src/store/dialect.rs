@@ -8,7 +8,6 @@ use std::future::Future;
 use std::time::Duration;
 
 use serde::Serialize;
-use serde_json::Value;
 use sqlx::{
     AssertSqlSafe, Database, Encode, Executor, IntoArguments, Pool, Postgres, QueryBuilder, Sqlite,
     Transaction, Type,
@@ -418,13 +417,13 @@ where
     for<'q> String: Encode<'q, D> + Type<D>,
 {
     /// Runs one statement over a batch, unless the batch is empty.
-    pub(super) async fn execute(
+    pub(super) async fn execute<R: Serialize + Sync>(
         tx: &mut Transaction<'_, D>,
         text: String,
-        values: Vec<Value>,
+        values: &[R],
     ) -> Result<(), StoreError> {
         if !values.is_empty() {
-            sqlx::query(sql(text)).bind(batch(&values)).execute(&mut **tx).await.map_err(failure::<D>)?;
+            sqlx::query(sql(text)).bind(batch(values)).execute(&mut **tx).await.map_err(failure::<D>)?;
         }
         Ok(())
     }

@@ -49,7 +49,8 @@ pub use past::{
 pub use retention::Forgotten;
 pub use status_log::Transition;
 pub use write::{
-    AgentUpdate, ConnectionEnd, Displaced, Ended, NewConnection, Older, Opened, Rival, Write, Written,
+    AgentUpdate, ConnectionEnd, Displaced, Ended, FirstReport, NewConnection, Older, Opened, Rival, Write,
+    Written,
 };
 
 use crate::agent::InstanceUid;

@@ -254,7 +254,7 @@ where
             reason.label(),
             rows::<D>(&[("id", Column::Uuid)])
         );
-        Self::execute(tx, text, agents).await?;
+        Self::execute(tx, text, &agents).await?;
         Self::announce(tx).await
     }
 
@@ -274,8 +274,8 @@ where
         let mut tx = self.begin().await?;
         let found = Self::lock_matching(&mut tx, deletion, after).await?;
         let agents = Self::read_agents(&mut tx, &found).await?;
-        let keys = found.iter().map(|agent| json!([agent])).collect();
-        let open = Self::open_rows(&mut tx, "agent_id", keys).await?;
+        let keys: Vec<_> = found.iter().map(|agent| (*agent,)).collect();
+        let open = Self::open_rows(&mut tx, "agent_id", &keys).await?;
         let open: HashMap<InstanceUid, OpenRow> = open.into_iter().map(|row| (row.agent_id, row)).collect();
         let mut done = Deleted { found: found.len() as u64, ..Deleted::default() };
         done.next = found.last().copied().filter(|_| found.len() == DELETES_PER_COMMIT);
@@ -326,7 +326,7 @@ where
                  stale_from = NULL, updated_at = r.at FROM {} r WHERE a.id = r.id",
             rows::<D>(&[("id", Column::Uuid), ("at", Column::Moment)])
         );
-        Self::execute(tx, text, plan.retired).await?;
+        Self::execute(tx, text, &plan.retired).await?;
         Self::write_log(tx, plan.log).await?;
         let ends: Vec<&ConnectionEnd> = plan.ends.iter().collect();
         for ended in Self::update_connections(tx, &ends, &mut agents).await?.into_values() {

@@ -69,7 +69,7 @@ where
         let names = columns.map(|(name, _)| name).join(", ");
         let text =
             format!("INSERT INTO agent_status_log ({names}) SELECT {names} FROM {} r", rows::<D>(&columns));
-        Self::execute(tx, text, changes).await
+        Self::execute(tx, text, &changes).await
     }
 }
 

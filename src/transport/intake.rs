@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 
-use crate::agent::report::digest_of_bytes;
+use crate::agent::report::Outline;
 use crate::burden::{Budget, SMALL, Share};
 use crate::proto::AgentToServer;
 use crate::session::Inbound;
@@ -64,9 +64,13 @@ pub(super) async fn unfold(body: Bytes, share: Option<Share>, budget: &Budget) -
     let weighing = body.clone();
     let elements = share.work(move || wire::weigh(&weighing)).await.map_err(Unfit::Wire)?;
     cover(share.cover_message(body.len(), elements)).await?;
-    let work = move || wire::decode_body(&body).map(|report| (report, digest_of_bytes(&body)));
-    let (report, digest) = share.work(work).await.map_err(Unfit::Wire)?;
-    Ok(Inbound::new(report, digest, share))
+    let work = move || {
+        let report = wire::decode_body(&body)?;
+        let outline = Outline::of(&report, &body);
+        Ok((report, outline))
+    };
+    let (report, outline) = share.work(work).await.map_err(Unfit::Wire)?;
+    Ok(Inbound::new(report, outline, share))
 }
 
 /// A light report that is decoded already, and how many elements it has: it waits only for others like it.
@@ -77,7 +81,8 @@ pub(super) async fn weighed(
 ) -> Result<Inbound, Unfit> {
     let mut share = budget.small_share();
     cover(share.cover_message(body.len(), elements)).await?;
-    Ok(Inbound::new(report, digest_of_bytes(body), share))
+    let outline = Outline::of(&report, body);
+    Ok(Inbound::new(report, outline, share))
 }
 
 /// How many elements a message has that may be decoded at once, as whatever it says becomes little; none for another.

@@ -10,7 +10,7 @@ use std::time::Duration;
 use fastrand::Rng;
 use opamp_server::agent::document::{Documents, INDEXED_ATTRIBUTES, INDEXED_LENGTH};
 use opamp_server::agent::offer::{Answer, Refusal, SERVER_CAPABILITIES, compose, refuse};
-use opamp_server::agent::report::{AgentState, Change, Kind, KnownAgent, Part, PartSet, digest_of_bytes};
+use opamp_server::agent::report::{AgentState, Change, Kind, KnownAgent, Outline, Part, PartSet};
 use opamp_server::agent::{Capabilities, InstanceUid, Sender, is_legacy, requests_uid};
 use opamp_server::proto::{AgentToServer, ServerToAgent};
 use opamp_server::wire;
@@ -223,9 +223,9 @@ impl Seen {
         refused: bool,
         happened: &mut Happened,
     ) -> Result<Kind, String> {
-        let digest = digest_of_bytes(bytes);
-        let (next, change) = self.state.absorb(report, digest);
-        let (again, same) = self.state.absorb(report, digest);
+        let outline = Outline::of(report, bytes);
+        let (next, change) = self.state.absorb(&outline);
+        let (again, same) = self.state.absorb(&outline);
         if change != same || again.stored_number() != next.stored_number() {
             return Err("the same report changes different things".to_owned());
         }
@@ -238,7 +238,7 @@ impl Seen {
         )?;
         happened.note((format!("{:?}", change.parts), change.must_save, change.ask_full_state, refused));
         if change.must_save && refused {
-            self.refuse(report, digest)?;
+            self.refuse(report, &outline)?;
             return Ok(change.kind);
         }
         self.adopt(report, next, change)?;
@@ -317,9 +317,9 @@ impl Seen {
     }
 
     /// The store does not take the change: nothing of it may be believed, and whatever follows shows the gap.
-    fn refuse(&mut self, report: &AgentToServer, digest: u64) -> Result<(), String> {
+    fn refuse(&mut self, report: &AgentToServer, outline: &Outline) -> Result<(), String> {
         let (capabilities, number) = (self.state.capabilities(), self.state.stored_number());
-        let refused = self.state.absorb(report, digest).1.kind;
+        let refused = self.state.absorb(outline).1.kind;
         self.state.missed(report.sequence_num);
         if self.state.capabilities() != capabilities || self.state.stored_number() != number {
             return Err(format!("a refused state was adopted: {:?}", self.state));
@@ -330,14 +330,14 @@ impl Seen {
             flags: 1 << 40,
             ..AgentToServer::default()
         };
-        let (_, change) = self.state.absorb(&following, digest_of_bytes(&following.encode_to_vec()));
+        let (_, change) = self.state.absorb(&Outline::of(&following, &following.encode_to_vec()));
         if change.kind != Kind::Gap {
             return Err(format!(
                 "number {} was refused, and the next one is {:?}: nobody will ask for what is lost, {:?}",
                 report.sequence_num, change.kind, self.state
             ));
         }
-        let (_, change) = self.state.absorb(report, digest);
+        let (_, change) = self.state.absorb(outline);
         if !change.must_save {
             return Err(format!("what was refused is not saved when it comes again: {change:?}"));
         }

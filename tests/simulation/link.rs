@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use opamp_server::agent::offer::{Answer, Refusal, compose};
-use opamp_server::agent::report::digest_of_bytes;
+use opamp_server::agent::report::Outline;
 use opamp_server::agent::{InstanceUid, Sender};
 use opamp_server::clock::Tick;
 use opamp_server::close::CloseReason;
@@ -242,7 +242,8 @@ impl LinkTask {
             let began = Instant::now();
             let mut share = self.process.budget.small_share();
             share.cover_message(bytes.len(), 10).await;
-            let inbound = Inbound::new(report, digest_of_bytes(&bytes), share);
+            let outline = Outline::of(&report, &bytes);
+            let inbound = Inbound::new(report, outline, share);
             let offer = self.take(inbound).await;
             link.attend(turned_away, self.process.services.clock.tick());
             // What waits behind the messages of a long absence waits while each of them is taken in.
@@ -409,7 +410,8 @@ pub(crate) async fn poll(
     let link = Arc::new(Link::heard_at(process.services.clock.tick()));
     let mut share = process.budget.small_share();
     share.cover_message(bytes.len(), 10).await;
-    let inbound = Inbound::new(report, digest_of_bytes(&bytes), share);
+    let outline = Outline::of(&report, &bytes);
+    let inbound = Inbound::new(report, outline, share);
     let exchanged = exchanged(&process, inbound, peer, link).await;
     let polled = match exchanged.refusal {
         Some(Refusal::Unavailable { .. }) => Polled::Later,

@@ -1,7 +1,7 @@
 //! What a report changes: the rules of omitted parts, whole replacement, gaps and repeats.
 //!
 //! [`AgentState`] is all a session keeps of what was reported: the number, the mask and a digest per
-//! part. [`AgentState::absorb`] promises that under any loss, repetition and reordering of reports
+//! part; an [`Outline`] is what of a report decides. [`AgentState::absorb`] promises that under any loss, repetition and reordering of reports
 //! the state either equals the agent's or full state has been asked for, and that
 //! [`AgentState::stored_number`] is unknown as long as anything may be missing.
 //! It must not know what the parts mean, where they are stored, or how an answer travels.
@@ -77,6 +77,38 @@ impl Part {
             Self::CustomCapabilities => report.custom_capabilities.as_ref().map(digest_of),
             Self::AvailableComponents => report.available_components.as_ref().map(digest_of),
             Self::ConnectionSettingsStatus => report.connection_settings_status.as_ref().map(digest_of),
+        }
+    }
+}
+
+/// What of a report decides what it changes, whatever state it meets.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Outline {
+    number: u64,
+    capabilities: u64,
+    /// By part, in the order of [`Part::ALL`].
+    digests: [Option<NonZeroU64>; Part::ALL.len()],
+    /// Digest of its bytes, to recognise a retransmission.
+    digest: u64,
+    bare: bool,
+    leaves: bool,
+    requests_uid: bool,
+}
+
+impl Outline {
+    /// The outline of `report`, which came as these bytes.
+    #[must_use]
+    pub fn of(report: &AgentToServer, bytes: &[u8]) -> Self {
+        // Zero stands for "not reported on this connection"; a digest that happens to be zero is 1.
+        let digests = Part::ALL.map(|part| NonZeroU64::new(part.digest(report)?).or(Some(NonZeroU64::MIN)));
+        Self {
+            number: report.sequence_num,
+            capabilities: report.capabilities,
+            digests,
+            digest: digest_of_bytes(bytes),
+            bare: is_bare(report),
+            leaves: report.agent_disconnect.is_some(),
+            requests_uid: requests_uid(report),
         }
     }
 }
@@ -299,34 +331,34 @@ impl AgentState {
         }
     }
 
-    /// What `report` makes of this state. `digest` is over the report's bytes, see [`digest_of_bytes`].
+    /// What a report makes of this state.
     ///
     /// The caller adopts the new state once the change is durable; until then the old one stands,
     /// and the agent's next report shows the gap (AMB-12).
     #[must_use]
-    pub fn absorb(&self, report: &AgentToServer, digest: u64) -> (Self, Change) {
+    pub fn absorb(&self, report: &Outline) -> (Self, Change) {
         let mut change = Change {
             kind: Kind::Continued,
             parts: PartSet::EMPTY,
             must_save: false,
             ask_full_state: false,
-            leaves: report.agent_disconnect.is_some(),
-            requests_uid: requests_uid(report),
+            leaves: report.leaves,
+            requests_uid: report.requests_uid,
         };
         let mut next = *self;
-        if is_bare(report) {
+        if report.bare {
             change.kind = Kind::Bare;
             change.ask_full_state = self.owes_first_question();
             next.asked |= change.ask_full_state;
             return (next, change);
         }
-        if self.last_report == Some(digest) && self.number == Some(report.sequence_num) {
+        if self.last_report == Some(report.digest) && self.number == Some(report.number) {
             change.kind = Kind::Repeat;
             return (next, change);
         }
-        let gap = self.breaks_numbers(report.sequence_num);
+        let gap = self.breaks_numbers(report.number);
         if gap {
-            let returns = self.rival.is_some_and(|rival| rival.wrapping_add(1) == report.sequence_num);
+            let returns = self.rival.is_some_and(|rival| rival.wrapping_add(1) == report.number);
             next.swaps = if returns { self.swaps.saturating_add(1) } else { 0 };
             next.rival = self.number;
             if next.swaps >= RIVALRY {
@@ -350,9 +382,9 @@ impl AgentState {
             next.stale = false;
         }
         next.asked |= change.ask_full_state;
-        next.number = Some(report.sequence_num);
+        next.number = Some(report.number);
         next.broken = false;
-        next.last_report = Some(digest);
+        next.last_report = Some(report.digest);
         change.must_save = !change.parts.is_empty()
             || next.capabilities != self.capabilities
             || next.stored_number().is_some() != self.stored_number().is_some();
@@ -381,15 +413,15 @@ impl AgentState {
     }
 
     /// Takes over mask and present parts, each as a whole (S-043, R-002); returns which were present.
-    fn replace_parts(&mut self, report: &AgentToServer, change: &mut Change) -> PartSet {
+    fn replace_parts(&mut self, report: &Outline, change: &mut Change) -> PartSet {
         if report.capabilities != 0 {
             self.capabilities = Capabilities(report.capabilities);
         }
         let mut present = PartSet::EMPTY;
-        for (part, known) in Part::ALL.into_iter().zip(&mut self.digests) {
-            let Some(digest) = part.digest(report) else { continue };
-            // Zero stands for "not reported on this connection"; a digest that happens to be zero is 1.
-            let digest = NonZeroU64::new(digest).or(Some(NonZeroU64::MIN));
+        for ((part, known), digest) in Part::ALL.into_iter().zip(&mut self.digests).zip(report.digests) {
+            if digest.is_none() {
+                continue;
+            }
             present = present.with(part);
             if *known != digest {
                 *known = digest;
@@ -407,9 +439,7 @@ fn is_bare(report: &AgentToServer) -> bool {
     report.encoded_len() == uid
 }
 
-/// Digest of a report's bytes, to recognise a retransmission.
-#[must_use]
-pub fn digest_of_bytes(bytes: &[u8]) -> u64 {
+fn digest_of_bytes(bytes: &[u8]) -> u64 {
     let mut hasher = DefaultHasher::new();
     bytes.hash(&mut hasher);
     hasher.finish()

@@ -68,12 +68,12 @@ fn full(number: u64, content: Content) -> AgentToServer {
     full
 }
 
-fn bytes(report: &AgentToServer) -> u64 {
-    digest_of_bytes(&report.encode_to_vec())
+fn outline(report: &AgentToServer) -> Outline {
+    Outline::of(report, &report.encode_to_vec())
 }
 
 fn absorb(state: &mut AgentState, report: &AgentToServer) -> Change {
-    let (next, change) = state.absorb(report, bytes(report));
+    let (next, change) = state.absorb(&outline(report));
     *state = next;
     change
 }
@@ -174,7 +174,7 @@ fn a_refused_new_start_is_not_forgotten_because_the_next_number_fits() {
     let mut state = new_agent();
     absorb(&mut state, &full(7, [0; 5]));
     // The agent started over, with numbers that meet the old ones by chance.
-    let (next, change) = state.absorb(&full(7, [1; 5]), bytes(&full(7, [1; 5])));
+    let (next, change) = state.absorb(&outline(&full(7, [1; 5])));
     assert!(change.kind == Kind::Gap && change.must_save && next.stored_number().is_none());
     state.missed(7);
     assert_eq!(state.stored_number(), Some(7), "what is stored is still stored");
@@ -380,7 +380,7 @@ impl Model {
     fn arrives(&mut self, report: &AgentToServer, store_refuses: bool) -> Option<bool> {
         // The opening is on record ahead of any report, also of one that the store refuses.
         self.known = true;
-        let (next, change) = self.state.absorb(report, bytes(report));
+        let (next, change) = self.state.absorb(&outline(report));
         if change.kind == Kind::Repeat {
             return Some(self.answered);
         }

@@ -14,6 +14,13 @@ use crate::store::{AgentUpdate, StoreError, Write, Written};
 /// What the messages behind the writes of one commit may hold together: larger ones stand alone.
 const BATCH_BYTES: u64 = 64 << 20;
 
+/// What became of a job, and what is left of what its message held of the budget.
+#[derive(Debug)]
+pub(super) struct Answered {
+    pub(super) reply: Reply,
+    pub(super) share: Option<Share>,
+}
+
 /// What became of a job.
 #[derive(Debug)]
 pub(super) enum Reply {
@@ -95,7 +102,7 @@ pub(super) struct Waiting {
     postponed: bool,
     tries: Tries,
     /// Nobody waits for what was answered already.
-    answer: Option<oneshot::Sender<Reply>>,
+    answer: Option<oneshot::Sender<Answered>>,
 }
 
 impl Job {
@@ -104,7 +111,7 @@ impl Job {
         concern: Concern,
         share: Option<Share>,
         at_work: Option<Working>,
-        answer: oneshot::Sender<Reply>,
+        answer: oneshot::Sender<Answered>,
     ) -> Self {
         let waiting = Waiting {
             concern,
@@ -156,7 +163,7 @@ impl Waiting {
         }
         if let Some(answer) = self.answer {
             // Who no longer waits has been told enough by the link.
-            let _unawaited = answer.send(reply);
+            let _unawaited = answer.send(Answered { reply, share: self.share });
         }
     }
 }
@@ -243,7 +250,7 @@ impl Inbox {
         };
         self.kept.insert(id, Job { write: Write::UpdateAgent(Box::new(update)), waiting: kept });
         if let Some(answer) = waiting.answer {
-            let _unawaited = answer.send(Reply::Kept);
+            let _unawaited = answer.send(Answered { reply: Reply::Kept, share: None });
         }
     }
 

@@ -25,7 +25,7 @@ fn connection(number: u8) -> Arc<OpenConnection> {
     ))
 }
 
-fn job(write: Write, concern: Concern) -> (Job, oneshot::Receiver<Reply>) {
+fn job(write: Write, concern: Concern) -> (Job, oneshot::Receiver<Answered>) {
     let (answer, answered) = oneshot::channel();
     (Job::new(write, concern, None, None, answer), answered)
 }
@@ -34,7 +34,7 @@ fn change(
     connection: &Arc<OpenConnection>,
     healthy: bool,
     name: Option<&str>,
-) -> (Job, oneshot::Receiver<Reply>) {
+) -> (Job, oneshot::Receiver<Answered>) {
     let documents = Documents {
         healthy: Some(healthy),
         custom_capabilities: name.map(|name| json!([name])),
@@ -54,7 +54,7 @@ fn change(
     job(Write::UpdateAgent(Box::new(update)), Concern::Saves(Arc::clone(connection)))
 }
 
-fn end(connection: &Arc<OpenConnection>) -> (Job, oneshot::Receiver<Reply>) {
+fn end(connection: &Arc<OpenConnection>) -> (Job, oneshot::Receiver<Answered>) {
     let end = ConnectionEnd {
         agent: connection.agent,
         connection_id: connection.id,
@@ -71,7 +71,7 @@ fn end(connection: &Arc<OpenConnection>) -> (Job, oneshot::Receiver<Reply>) {
     job(Write::UpdateConnection(end), Concern::Ends(Arc::clone(connection)))
 }
 
-fn opening(number: u8) -> (Job, oneshot::Receiver<Reply>) {
+fn opening(number: u8) -> (Job, oneshot::Receiver<Answered>) {
     let new = NewConnection {
         agent: uid(number),
         transport: Transport::Websocket,
@@ -86,6 +86,7 @@ fn opening(number: u8) -> (Job, oneshot::Receiver<Reply>) {
         first_poll: None,
         poll_grace: std::time::Duration::ZERO,
         excused_until: None,
+        first_report: None,
     };
     job(Write::CreateConnection(new), Concern::Nobody)
 }
@@ -103,7 +104,7 @@ fn a_kept_change_is_answered_merged_and_written_ahead_of_its_agents_end() {
     let (mut inbox, one, two) = (Inbox::default(), connection(1), connection(2));
     let (first, mut answered) = change(&one, true, Some("a"));
     inbox.keep(first);
-    assert!(matches!(answered.try_recv(), Ok(Reply::Kept)));
+    assert!(matches!(answered.try_recv().map(|answered| answered.reply), Ok(Reply::Kept)));
     inbox.keep(change(&one, false, None).0);
     assert_eq!((inbox.len(), one.pulse.number()), (1, None), "one newest state, and no number for it");
     inbox.push(end(&one).0);
@@ -218,15 +219,18 @@ fn while_the_store_is_away_only_ends_and_tried_openings_wait() {
     let (tried, mut waits) = opening(4);
     assert!(inbox.put_back(tried, &away(), true, 0).is_none());
     inbox.give_up_waiting(&away());
-    assert!(matches!(saved.try_recv(), Ok(Reply::Kept)));
-    assert!(matches!(refused.try_recv(), Ok(Reply::Failed(_))));
+    assert!(matches!(saved.try_recv().map(|answered| answered.reply), Ok(Reply::Kept)));
+    assert!(matches!(refused.try_recv().map(|answered| answered.reply), Ok(Reply::Failed(_))));
     assert!(waits.try_recv().is_err(), "nobody knows whether it was done");
     assert_eq!(agents(&inbox.take_batch(10)), [(uid(2), 0)]);
     let batch = inbox.take_batch(10);
     assert_eq!(agents(&batch), [(uid(4), 2), (uid(1), 1)]);
     let again = batch.into_iter().find(|job| job.write.stage() == 2).unwrap();
     assert!(inbox.put_back(again, &away(), true, 0).is_none());
-    assert!(matches!(waits.try_recv(), Ok(Reply::Failed(_))), "twice is enough");
+    assert!(
+        matches!(waits.try_recv().map(|answered| answered.reply), Ok(Reply::Failed(_))),
+        "twice is enough"
+    );
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use serde::Serialize;
-use serde_json::{Value, json};
+use serde_json::Value;
 use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, QueryBuilder, Type};
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -379,7 +379,7 @@ where
                  SELECT r.id, 'retired', r.at, r.at, r.previous, r.at, r.at FROM {} r",
                 rows::<D>(&columns)
             );
-            Self::execute(&mut tx, text, vec![json!([candidate, temporary, at.as_micros()])]).await?;
+            Self::execute(&mut tx, text, &[(candidate, temporary, at.as_micros())]).await?;
             tx.commit().await.map_err(failure::<D>)?;
             Ok(candidate)
         })

@@ -1,5 +1,6 @@
 //! What a batch is made of, and what each of its writes is answered.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use uuid::Uuid;
@@ -117,6 +118,17 @@ pub struct ConnectionEnd {
     pub node_id: Uuid,
 }
 
+/// What its first report makes of an agent of which nothing is on record.
+#[derive(Clone, Debug)]
+pub struct FirstReport {
+    /// The number that the stored state then stands for; none while something may be missing.
+    pub sequence_num: Option<u64>,
+    /// The mask.
+    pub capabilities: Capabilities,
+    /// The parts that it holds.
+    pub documents: Documents,
+}
+
 /// A connection to open.
 #[derive(Clone, Debug)]
 pub struct NewConnection {
@@ -147,6 +159,9 @@ pub struct NewConnection {
     pub poll_grace: Duration,
     /// For polls: nobody was silent before this moment, because this node could not have heard it.
     pub excused_until: Option<Moment>,
+    /// What is stored with the connection where nothing is on record of the agent: a fleet that comes for the first
+    /// time then takes one commit each, not two.
+    pub first_report: Option<Arc<FirstReport>>,
 }
 
 /// What a node knows better than the store of a connection that it holds.
@@ -184,8 +199,10 @@ pub struct Opened {
     pub seen_at: Moment,
     /// For polls that go on: how long this poller may be silent, if that is on record.
     pub poll_silence: Option<Duration>,
-    /// What the store knows of the agent.
+    /// What the store knew of the agent.
     pub agent: KnownAgent,
+    /// True where its first report was stored with it.
+    pub stored: bool,
     /// The connection it displaced.
     pub displaced: Option<Displaced>,
     /// The change of status it brought.

@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use super::super::status_log::log_row;
 use super::super::{Status, StatusChange, Transport};
-use super::{ConnectionEnd, NewConnection, Older, Rival, stored_number};
+use super::{ConnectionEnd, FirstReport, NewConnection, Older, Rival, stored_number};
 use crate::agent::report::{KnownAgent, Part, PartSet};
 use crate::agent::{Capabilities, InstanceUid};
 use crate::clock::Moment;
@@ -264,6 +264,15 @@ pub(super) struct Newcomer<'a> {
 }
 
 impl Newcomer<'_> {
+    /// What is stored of its first report: all of it, where nothing is on record that it could continue.
+    pub(super) fn first_report(&self) -> Option<&FirstReport> {
+        let unknown = self.agent.known() == KnownAgent::default();
+        self.new
+            .first_report
+            .as_deref()
+            .filter(|_| unknown && self.displaced.is_none() && self.continues.is_none())
+    }
+
     /// When it was last seen, as far as that is proved.
     pub(super) fn seen_at(&self) -> Moment {
         if self.continues.is_some() { self.new.seen_at } else { self.at }

@@ -12,7 +12,8 @@ mod update;
 use std::collections::HashMap;
 
 use async_trait::async_trait;
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::Value;
 use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, Transaction, Type};
 use uuid::Uuid;
@@ -24,10 +25,17 @@ use super::{ConnectionStore, StoreError};
 use crate::agent::InstanceUid;
 use crate::clock::Moment;
 pub use batch::{
-    AgentUpdate, ConnectionEnd, Displaced, Ended, NewConnection, Older, Opened, Rival, Write, Written,
+    AgentUpdate, ConnectionEnd, Displaced, Ended, FirstReport, NewConnection, Older, Opened, Rival, Write,
+    Written,
 };
 use decide::{Arrival, Effects, Newcomer, RowEnd, Seen, end_of_stay, last_proof, welcome};
 pub(super) use decide::{LockedAgent, OpenRow};
+use update::Reported;
+
+/// The keys of a batch, an element each.
+fn keys<K>(keys: impl Iterator<Item = K>) -> Vec<(K,)> {
+    keys.map(|key| (key,)).collect()
+}
 
 /// The JSON form of a number as stored: 64 bits, the sign is only a reading.
 pub(super) fn stored_number(number: Option<u64>) -> Option<i64> {
@@ -121,6 +129,7 @@ where
         let ids: Vec<InstanceUid> = writes.iter().map(Write::agent).collect();
         Self::lock_agents(&mut tx, &ids).await?;
         let mut agents = Self::read_agents(&mut tx, &ids).await?;
+        let updates: Vec<_> = updates.into_iter().map(Reported::from).collect();
         let stored = Self::update_agents(&mut tx, &updates).await?;
         let mut ended = Self::update_connections(&mut tx, &ends, &mut agents).await?;
         let mut opened = Self::create_connections(&mut tx, &news, &agents).await?;
@@ -134,6 +143,71 @@ where
             })
             .collect::<Option<Vec<_>>>()
             .ok_or_else(|| StoreError::Corrupt("a batch was answered incompletely".to_owned()))
+    }
+
+    /// Opens connections: ends open rows, inserts, sets the fence.
+    async fn create_connections(
+        tx: &mut Transaction<'_, D>,
+        news: &[&NewConnection],
+        agents: &HashMap<InstanceUid, LockedAgent>,
+    ) -> Result<HashMap<InstanceUid, Written>, StoreError> {
+        if news.is_empty() {
+            return Ok(HashMap::new());
+        }
+        let open = Self::open_rows(tx, "agent_id", &keys(news.iter().map(|new| new.agent))).await?;
+        let open: HashMap<InstanceUid, OpenRow> = open.into_iter().map(|row| (row.agent_id, row)).collect();
+        let (mut newcomers, mut rivals) = (Vec::new(), Vec::new());
+        for new in news {
+            let Some(agent) = agents.get(&new.agent) else { continue };
+            match welcome(new, agent, open.get(&new.agent)) {
+                Arrival::Newcomer(newcomer) => newcomers.push(*newcomer),
+                Arrival::Rival(rival) => rivals.push((*new, rival)),
+            }
+        }
+        Self::note_rivals(tx, &rivals).await?;
+        let told = rivals.into_iter().map(|(new, rival)| (new.agent, Written::Rival(rival)));
+        let displaced = newcomers.iter().filter_map(|n| n.displaced.map(|(id, end)| end.row(id)));
+        Self::end_rows(tx, displaced.collect()).await?;
+        let ids = Self::insert_rows(tx, &newcomers).await?;
+        let id_of = |newcomer: &Newcomer<'_>| {
+            newcomer.continues.map(|row| row.id).or_else(|| ids.get(&newcomer.new.agent).copied())
+        };
+        let (first, others): (Vec<_>, Vec<_>) =
+            newcomers.iter().partition(|newcomer| newcomer.first_report().is_some());
+        Self::set_fences(tx, &others, &id_of).await?;
+        let first = first.into_iter().filter_map(|newcomer| Reported::first(newcomer, id_of(newcomer)?));
+        Self::store_first_reports(tx, &first.collect::<Vec<_>>()).await?;
+        Self::start_liveness(tx, &newcomers, &id_of).await?;
+        let log = newcomers.iter().filter_map(|n| {
+            let change = StatusChange { connection_id: id_of(n), ..n.status.clone()? };
+            Some(log_row(&change, n.at, Some(n.new.node_id)))
+        });
+        Self::write_log(tx, log.collect()).await?;
+        Ok(newcomers
+            .into_iter()
+            .filter_map(|newcomer| {
+                let connection_id = id_of(&newcomer)?;
+                let opened = Opened {
+                    connection_id,
+                    continued: newcomer.continues.is_some(),
+                    poll_silence: newcomer.agent.poll_silence().filter(|_| newcomer.continues.is_some()),
+                    connected_at: newcomer.continues.map_or(newcomer.at, |row| row.connected_at),
+                    seen_at: newcomer.seen_at().max(newcomer.agent.last_seen_at.unwrap_or_default()),
+                    agent: newcomer.agent.known(),
+                    stored: newcomer.first_report().is_some(),
+                    displaced: newcomer.displaced.map(|(connection_id, end)| Displaced {
+                        connection_id,
+                        reason: end.reason,
+                        duration_seconds: end.duration_seconds,
+                    }),
+                    status: newcomer
+                        .status
+                        .map(|change| StatusChange { connection_id: Some(connection_id), ..change }),
+                };
+                Some((newcomer.new.agent, Written::Created(Box::new(opened))))
+            })
+            .chain(told)
+            .collect())
     }
 }
 
@@ -157,8 +231,8 @@ where
              ON CONFLICT (id) DO NOTHING",
             rows::<D>(&[("id", Column::Uuid), ("at", Column::Moment)])
         );
-        let values = news.iter().map(|new| json!([new.agent, new.at.as_micros()])).collect();
-        Self::execute(tx, text, values).await
+        let values: Vec<_> = news.iter().map(|new| (new.agent, new.at.as_micros())).collect();
+        Self::execute(tx, text, &values).await
     }
 
     /// Locks the rows of all agents of the batch, sorted by uid, so that two batches cannot wait for each other in a circle.
@@ -172,7 +246,7 @@ where
             rows::<D>(&[("id", Column::Uuid)]),
             D::LOCK_AGENTS
         );
-        Self::execute(tx, text, agents.iter().map(|agent| json!([agent])).collect()).await
+        Self::execute(tx, text, &keys(agents.iter().copied())).await
     }
 
     /// The rows of agents that are locked.
@@ -181,7 +255,6 @@ where
         agents: &[InstanceUid],
     ) -> Result<HashMap<InstanceUid, LockedAgent>, StoreError> {
         let rows = rows::<D>(&[("id", Column::Uuid)]);
-        let values: Vec<Value> = agents.iter().map(|agent| json!([agent])).collect();
         let text = format!(
             "SELECT a.id, a.status, a.connection_id, a.capabilities, l.sequence_num, l.last_seen_at, l.poll_silence_ms,
                     a.displaced_at, a.displaced_number, a.swaps, a.rival_id, a.rival_offers,
@@ -199,7 +272,7 @@ where
              WHERE a.id IN (SELECT r.id FROM {rows} r)"
         );
         let agents: Vec<LockedAgent> = sqlx::query_as(sql(text))
-            .bind(batch(&values))
+            .bind(batch(&keys(agents.iter().copied())))
             .fetch_all(&mut **tx)
             .await
             .map_err(failure::<D>)?;
@@ -211,8 +284,8 @@ where
         tx: &mut Transaction<'_, D>,
         seen: impl Iterator<Item = Seen> + Send,
     ) -> Result<(), StoreError> {
-        let values: Vec<Value> = seen
-            .map(|seen| json!([seen.agent, seen.at.as_micros(), stored_number(seen.number), seen.unsaved]))
+        let values: Vec<_> = seen
+            .map(|seen| (seen.agent, seen.at.as_micros(), stored_number(seen.number), seen.unsaved))
             .collect();
         let columns = [
             ("id", Column::Uuid),
@@ -227,14 +300,14 @@ where
             D::GREATEST,
             rows::<D>(&columns)
         );
-        Self::execute(tx, text, values).await
+        Self::execute(tx, text, &values).await
     }
 
     /// The open rows among these connections or of these agents.
-    pub(super) async fn open_rows(
+    pub(super) async fn open_rows<K: Serialize + Sync>(
         tx: &mut Transaction<'_, D>,
         by: &str,
-        keys: Vec<Value>,
+        keys: &[(K,)],
     ) -> Result<Vec<OpenRow>, StoreError> {
         let rows = rows::<D>(&[("key", if by == "id" { Column::Integer } else { Column::Uuid })]);
         let text = format!(
@@ -243,7 +316,7 @@ where
              FROM agent_connection_history c LEFT JOIN nodes n ON n.id = c.node_id
              WHERE c.disconnected_at IS NULL AND c.{by} IN (SELECT r.key FROM {rows} r)"
         );
-        sqlx::query_as(sql(text)).bind(batch(&keys)).fetch_all(&mut **tx).await.map_err(failure::<D>)
+        sqlx::query_as(sql(text)).bind(batch(keys)).fetch_all(&mut **tx).await.map_err(failure::<D>)
     }
 
     /// Ends connections; an end whose row was ended before changes nothing.
@@ -257,8 +330,7 @@ where
         if ends.is_empty() {
             return Ok(ended);
         }
-        let open =
-            Self::open_rows(tx, "id", ends.iter().map(|end| json!([end.connection_id])).collect()).await?;
+        let open = Self::open_rows(tx, "id", &keys(ends.iter().map(|end| end.connection_id))).await?;
         let open: HashMap<i64, OpenRow> = open.into_iter().map(|row| (row.id, row)).collect();
         let mut effects = Effects::default();
         for end in ends {
@@ -301,7 +373,7 @@ where
             D::GREATEST,
             rows::<D>(&columns)
         );
-        Self::execute(tx, text, effects.agents).await?;
+        Self::execute(tx, text, &effects.agents).await?;
         Self::update_liveness(tx, effects.sightings.into_iter()).await?;
         Self::write_log(tx, effects.log).await
     }
@@ -323,67 +395,7 @@ where
             // By the row's key, not through every open row and the whole batch for each.
             D::LOOK_THROUGH
         );
-        Self::execute(tx, text, ends).await
-    }
-
-    /// Opens connections: ends open rows, inserts, sets the fence.
-    async fn create_connections(
-        tx: &mut Transaction<'_, D>,
-        news: &[&NewConnection],
-        agents: &HashMap<InstanceUid, LockedAgent>,
-    ) -> Result<HashMap<InstanceUid, Written>, StoreError> {
-        if news.is_empty() {
-            return Ok(HashMap::new());
-        }
-        let open =
-            Self::open_rows(tx, "agent_id", news.iter().map(|new| json!([new.agent])).collect()).await?;
-        let open: HashMap<InstanceUid, OpenRow> = open.into_iter().map(|row| (row.agent_id, row)).collect();
-        let (mut newcomers, mut rivals) = (Vec::new(), Vec::new());
-        for new in news {
-            let Some(agent) = agents.get(&new.agent) else { continue };
-            match welcome(new, agent, open.get(&new.agent)) {
-                Arrival::Newcomer(newcomer) => newcomers.push(*newcomer),
-                Arrival::Rival(rival) => rivals.push((*new, rival)),
-            }
-        }
-        Self::note_rivals(tx, &rivals).await?;
-        let told = rivals.into_iter().map(|(new, rival)| (new.agent, Written::Rival(rival)));
-        let displaced = newcomers.iter().filter_map(|n| n.displaced.map(|(id, end)| end.row(id)));
-        Self::end_rows(tx, displaced.collect()).await?;
-        let ids = Self::insert_rows(tx, &newcomers).await?;
-        let id_of = |newcomer: &Newcomer<'_>| {
-            newcomer.continues.map(|row| row.id).or_else(|| ids.get(&newcomer.new.agent).copied())
-        };
-        Self::set_fences(tx, &newcomers, &id_of).await?;
-        let log = newcomers.iter().filter_map(|n| {
-            let change = StatusChange { connection_id: id_of(n), ..n.status.clone()? };
-            Some(log_row(&change, n.at, Some(n.new.node_id)))
-        });
-        Self::write_log(tx, log.collect()).await?;
-        Ok(newcomers
-            .into_iter()
-            .filter_map(|newcomer| {
-                let connection_id = id_of(&newcomer)?;
-                let opened = Opened {
-                    connection_id,
-                    continued: newcomer.continues.is_some(),
-                    poll_silence: newcomer.agent.poll_silence().filter(|_| newcomer.continues.is_some()),
-                    connected_at: newcomer.continues.map_or(newcomer.at, |row| row.connected_at),
-                    seen_at: newcomer.seen_at().max(newcomer.agent.last_seen_at.unwrap_or_default()),
-                    agent: newcomer.agent.known(),
-                    displaced: newcomer.displaced.map(|(connection_id, end)| Displaced {
-                        connection_id,
-                        reason: end.reason,
-                        duration_seconds: end.duration_seconds,
-                    }),
-                    status: newcomer
-                        .status
-                        .map(|change| StatusChange { connection_id: Some(connection_id), ..change }),
-                };
-                Some((newcomer.new.agent, Written::Created(Box::new(opened))))
-            })
-            .chain(told)
-            .collect())
+        Self::execute(tx, text, &ends).await
     }
 
     /// Notes which uid the second of two agents with one uid was given, and the number it has come to.
@@ -405,9 +417,9 @@ where
             rows::<D>(&columns)
         );
         let values = rivals.iter().map(|(new, rival)| {
-            json!([new.agent, new.at.as_micros(), new.number.cast_signed(), rival.uid, rival.offers])
+            (new.agent, new.at.as_micros(), new.number.cast_signed(), rival.uid, rival.offers)
         });
-        Self::execute(tx, text, values.collect()).await
+        Self::execute(tx, text, &values.collect::<Vec<_>>()).await
     }
 
     /// Inserts the rows of newcomers that do not go on with an open one; answers their ids.
@@ -431,15 +443,15 @@ where
         );
         let values = newcomers.iter().filter(|newcomer| newcomer.continues.is_none()).map(|newcomer| {
             let new = newcomer.new;
-            json!([
+            (
                 new.agent,
                 newcomer.at.as_micros(),
-                new.remote_addr,
+                new.remote_addr.as_str(),
                 new.transport.label(),
                 (new.transport == Transport::Websocket).then_some(new.node_id),
                 new.node_seq,
-                new.at.as_micros()
-            ])
+                new.at.as_micros(),
+            )
         });
         let inserted: Vec<(i64, Uuid)> = sqlx::query_as(sql(text))
             .bind(batch(&values.collect::<Vec<_>>()))
@@ -452,7 +464,7 @@ where
     /// Makes the newcomers the ones whose writes count, and their agents online.
     async fn set_fences(
         tx: &mut Transaction<'_, D>,
-        newcomers: &[Newcomer<'_>],
+        newcomers: &[&Newcomer<'_>],
         id_of: &(impl Fn(&Newcomer<'_>) -> Option<i64> + Sync),
     ) -> Result<(), StoreError> {
         let columns = [
@@ -489,7 +501,7 @@ where
         );
         let values = newcomers.iter().map(|newcomer| {
             let ended = newcomer.displaced.map(|(_, end)| end);
-            json!([
+            (
                 newcomer.new.agent,
                 id_of(newcomer),
                 newcomer.at.as_micros(),
@@ -500,28 +512,39 @@ where
                 ended.map(|_| newcomer.at.as_micros()),
                 newcomer.left_at_number.map(u64::cast_signed),
                 ended.map(|_| newcomer.swaps),
-                ended.is_some() && newcomer.swaps == 0
-            ])
+                ended.is_some() && newcomer.swaps == 0,
+            )
         });
-        Self::execute(tx, text, values.collect()).await?;
+        Self::execute(tx, text, &values.collect::<Vec<_>>()).await
+    }
+
+    /// Notes the newcomers' signs of life, and the numbers of those whose first report is stored.
+    async fn start_liveness(
+        tx: &mut Transaction<'_, D>,
+        newcomers: &[Newcomer<'_>],
+        id_of: &(impl Fn(&Newcomer<'_>) -> Option<i64> + Sync),
+    ) -> Result<(), StoreError> {
         let text = format!(
-            "INSERT INTO agent_liveness (agent_id, connection_id, last_seen_at, poll_silence_ms)
-             SELECT r.id, r.connection_id, r.at, r.silence FROM {} r WHERE true
+            "INSERT INTO agent_liveness (agent_id, connection_id, last_seen_at, poll_silence_ms, sequence_num)
+             SELECT r.id, r.connection_id, r.at, r.silence, r.number FROM {} r WHERE true
              ON CONFLICT (agent_id) DO UPDATE SET connection_id = excluded.connection_id,
                  last_seen_at = {}(agent_liveness.last_seen_at, excluded.last_seen_at),
-                 poll_silence_ms = excluded.poll_silence_ms",
+                 poll_silence_ms = excluded.poll_silence_ms,
+                 sequence_num = coalesce(excluded.sequence_num, agent_liveness.sequence_num)",
             rows::<D>(&[
                 ("id", Column::Uuid),
                 ("connection_id", Column::Integer),
                 ("at", Column::Moment),
-                ("silence", Column::Integer)
+                ("silence", Column::Integer),
+                ("number", Column::Integer)
             ]),
             D::GREATEST
         );
         let seen = newcomers.iter().map(|n| {
             let silence = n.continues.and(n.agent.poll_silence_ms);
-            json!([n.new.agent, id_of(n), n.seen_at().as_micros(), silence])
+            let number = n.first_report().and_then(|report| stored_number(report.sequence_num));
+            (n.new.agent, id_of(n), n.seen_at().as_micros(), silence, number)
         });
-        Self::execute(tx, text, seen.collect()).await
+        Self::execute(tx, text, &seen.collect::<Vec<_>>()).await
     }
 }

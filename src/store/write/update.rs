@@ -11,8 +11,9 @@ use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, Transaction, Type};
 use uuid::Uuid;
 
-use super::{AgentUpdate, LockedAgent, OpenRow, Seen};
-use crate::agent::InstanceUid;
+use super::{AgentUpdate, LockedAgent, Newcomer, OpenRow, Seen};
+use crate::agent::document::Documents;
+use crate::agent::{Capabilities, InstanceUid};
 use crate::clock::Moment;
 use crate::store::StoreError;
 use crate::store::attributes::attribute_set;
@@ -32,9 +33,63 @@ const DOCUMENTS: [&str; 7] = [
     "connection_settings_status",
 ];
 
-/// The documents of an update, in the order of [`DOCUMENTS`].
-fn documents(update: &AgentUpdate) -> [Option<&Value>; DOCUMENTS.len()] {
-    let documents = &update.documents;
+/// What an agent reported, on its way into its row.
+#[derive(Clone, Copy)]
+pub(super) struct Reported<'a> {
+    agent: InstanceUid,
+    connection_id: i64,
+    at: Moment,
+    read_at: Moment,
+    late: bool,
+    sequence_num: Option<u64>,
+    capabilities: Capabilities,
+    documents: &'a Documents,
+}
+
+impl<'a> From<&'a AgentUpdate> for Reported<'a> {
+    fn from(update: &'a AgentUpdate) -> Self {
+        Self {
+            agent: update.agent,
+            connection_id: update.connection_id,
+            at: update.at,
+            read_at: update.read_at,
+            late: update.late,
+            sequence_num: update.sequence_num,
+            capabilities: update.capabilities,
+            documents: &update.documents,
+        }
+    }
+}
+
+impl<'a> Reported<'a> {
+    /// The first report of a newcomer with this connection, where it is stored with it.
+    pub(super) fn first(newcomer: &'a Newcomer<'_>, connection_id: i64) -> Option<Self> {
+        let report = newcomer.first_report()?;
+        Some(Self {
+            agent: newcomer.new.agent,
+            connection_id,
+            at: newcomer.at,
+            read_at: newcomer.at,
+            late: false,
+            sequence_num: report.sequence_num,
+            capabilities: report.capabilities,
+            documents: &report.documents,
+        })
+    }
+}
+
+/// Whose reports are stored.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Whose {
+    /// Those of the connections that hold the fences.
+    Holders,
+    /// Those of newcomers of whom nothing is on record: they get the fences.
+    Newcomers,
+}
+
+/// The documents of a report, in the order of [`DOCUMENTS`].
+fn documents<'a>(report: &Reported<'a>) -> [Option<&'a Value>; DOCUMENTS.len()] {
+    let documents = report.documents;
     [
         documents.description.as_ref().map(|described| &described.document),
         documents.health.as_ref(),
@@ -63,32 +118,32 @@ fn text_left(document: &Value, left: usize) -> Option<usize> {
     }
 }
 
-/// An update as an element of its batch, in the order of [`UPDATE_COLUMNS`], written from where it stands.
+/// A report as an element of its batch, in the order of [`UPDATE_COLUMNS`], written from where it stands.
 struct UpdateRow<'a> {
-    update: &'a AgentUpdate,
+    report: &'a Reported<'a>,
     /// The documents that go with the batch.
     documents: [Option<&'a Value>; DOCUMENTS.len()],
 }
 
 impl Serialize for UpdateRow<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let described = self.update.documents.description.as_ref();
+        let described = self.report.documents.description.as_ref();
         let mut row = serializer.serialize_tuple(UPDATE_COLUMNS.len())?;
-        row.serialize_element(&self.update.agent)?;
-        row.serialize_element(&self.update.connection_id)?;
-        row.serialize_element(&self.update.at.as_micros())?;
-        row.serialize_element(&self.update.capabilities.0.cast_signed())?;
+        row.serialize_element(&self.report.agent)?;
+        row.serialize_element(&self.report.connection_id)?;
+        row.serialize_element(&self.report.at.as_micros())?;
+        row.serialize_element(&self.report.capabilities.0.cast_signed())?;
         row.serialize_element(&described.is_some())?;
         row.serialize_element(&described.and_then(|described| described.name.as_ref()))?;
         row.serialize_element(&described.and_then(|described| described.host.as_ref()))?;
         row.serialize_element(&described.map(|described| &described.groups))?;
         row.serialize_element(&described.is_some_and(|described| described.ephemeral))?;
         row.serialize_element(&described.map_or(0, |described| described.clients_count))?;
-        row.serialize_element(&self.update.documents.healthy)?;
-        row.serialize_element(&self.update.documents.sync_revision)?;
-        row.serialize_element(&self.update.documents.components_hash)?;
-        row.serialize_element(&self.update.late)?;
-        row.serialize_element(&self.update.read_at.as_micros())?;
+        row.serialize_element(&self.report.documents.healthy)?;
+        row.serialize_element(&self.report.documents.sync_revision)?;
+        row.serialize_element(&self.report.documents.components_hash)?;
+        row.serialize_element(&self.report.late)?;
+        row.serialize_element(&self.report.read_at.as_micros())?;
         for document in self.documents {
             row.serialize_element(&document)?;
         }
@@ -135,12 +190,41 @@ where
     for<'q> Json<&'q Value>: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    /// Stores what agents reported; answers whose report was stored.
+    /// Stores what agents reported whose connections hold the fences; answers whose report was stored.
     pub(super) async fn update_agents(
         tx: &mut Transaction<'_, D>,
-        updates: &[&AgentUpdate],
+        reports: &[Reported<'_>],
     ) -> Result<HashSet<InstanceUid>, StoreError> {
-        if updates.is_empty() {
+        let stored = Self::store_states(tx, reports, Whose::Holders).await?;
+        let reports: Vec<_> =
+            reports.iter().copied().filter(|report| stored.contains(&report.agent)).collect();
+        let seen = |report: &Reported<'_>| Seen {
+            agent: report.agent,
+            at: report.at,
+            number: report.sequence_num,
+            unsaved: false,
+        };
+        Self::update_liveness(tx, reports.iter().map(seen)).await?;
+        Self::store_beside(tx, &reports).await?;
+        Ok(stored)
+    }
+
+    /// Stores the first reports of newcomers, and makes them the ones whose writes count, and their agents online.
+    pub(super) async fn store_first_reports(
+        tx: &mut Transaction<'_, D>,
+        reports: &[Reported<'_>],
+    ) -> Result<(), StoreError> {
+        Self::store_states(tx, reports, Whose::Newcomers).await?;
+        Self::store_beside(tx, reports).await
+    }
+
+    /// Stores reports in their agents' rows; answers those agents.
+    async fn store_states(
+        tx: &mut Transaction<'_, D>,
+        reports: &[Reported<'_>],
+        whose: Whose,
+    ) -> Result<HashSet<InstanceUid>, StoreError> {
+        if reports.is_empty() {
             return Ok(HashSet::new());
         }
         let kept: Vec<String> = ["healthy", "sync_revision", "components_hash"]
@@ -151,61 +235,67 @@ where
         let described: String = ["name", "host", "groups", "ephemeral", "clients_count"]
             .map(|column| format!("{column} = CASE WHEN r.described THEN r.{column} ELSE a.{column} END, "))
             .concat();
-        let text = format!(
-            "UPDATE agents AS a SET {}{described}
-                 capabilities = r.capabilities, updated_at = {}(a.updated_at, r.at)
-             FROM {} r WHERE a.id = r.agent AND a.connection_id = r.connection_id
+        let (arrival, holds) = match whose {
+            Whose::Holders => (
+                "",
+                "a.connection_id = r.connection_id
                  AND NOT (r.late AND EXISTS (SELECT 1 FROM agent_liveness l
-                                             WHERE l.agent_id = a.id AND l.last_seen_at > r.read_at))
+                                             WHERE l.agent_id = a.id AND l.last_seen_at > r.read_at))",
+            ),
+            Whose::Newcomers => (
+                "connection_id = r.connection_id, status = 'online', status_since = r.at, last_connected_at = r.at,
+                 offline_at = NULL, stale_from = NULL, retired_at = NULL, ",
+                "true",
+            ),
+        };
+        let text = format!(
+            "UPDATE agents AS a SET {}{described}{arrival}
+                 capabilities = r.capabilities, updated_at = {}(a.updated_at, r.at)
+             FROM {} r WHERE a.id = r.agent AND {holds}
              RETURNING id",
             kept.concat(),
             D::GREATEST,
             rows::<D>(&UPDATE_COLUMNS)
         );
-        let row = |update| UpdateRow {
-            update,
-            documents: documents(update).map(|document| document.filter(|document| !is_bulky(document))),
+        let row = |report| UpdateRow {
+            report,
+            documents: documents(report).map(|document| document.filter(|document| !is_bulky(document))),
         };
-        let values: Vec<UpdateRow<'_>> = updates.iter().copied().map(row).collect();
+        let values: Vec<UpdateRow<'_>> = reports.iter().map(row).collect();
         let stored: Vec<(Uuid,)> = sqlx::query_as(sql(text))
             .bind(batch(&values))
             .fetch_all(&mut **tx)
             .await
             .map_err(failure::<D>)?;
-        let stored: HashSet<InstanceUid> = stored.into_iter().map(|(id,)| id.into()).collect();
-        let stored_updates: Vec<_> =
-            updates.iter().copied().filter(|update| stored.contains(&update.agent)).collect();
-        let seen = |update: &&AgentUpdate| Seen {
-            agent: update.agent,
-            at: update.at,
-            number: update.sequence_num,
-            unsaved: false,
-        };
-        Self::update_liveness(tx, stored_updates.iter().map(seen)).await?;
-        let described = stored_updates.iter().filter_map(|update| {
-            update.documents.description.as_ref().map(|described| (update.agent, &described.attributes))
+        Ok(stored.into_iter().map(|(id,)| id.into()).collect())
+    }
+
+    /// Stores what stands beside the rows of agents that this transaction holds: attributes, bulky documents, inventories.
+    async fn store_beside(tx: &mut Transaction<'_, D>, reports: &[Reported<'_>]) -> Result<(), StoreError> {
+        let described = reports.iter().filter_map(|report| {
+            report.documents.description.as_ref().map(|described| (report.agent, &described.attributes))
         });
         let sets: Vec<_> = described.map(|(agent, attributes)| attribute_set(agent, attributes)).collect();
         Self::replace_attributes(tx, &sets).await?;
-        for update in &stored_updates {
-            Self::store_bulky(tx, update).await?;
+        for report in reports {
+            Self::store_bulky(tx, report).await?;
         }
         // Sorted like the agents: whoever stores the same ones elsewhere must not wait in a circle.
-        let mut inventories = stored_updates;
-        inventories.sort_unstable_by_key(|update| &update.documents.components_hash);
-        for update in inventories {
-            Self::store_inventory(tx, update).await?;
+        let mut inventories: Vec<_> = reports.iter().collect();
+        inventories.sort_unstable_by_key(|report| &report.documents.components_hash);
+        for report in inventories {
+            Self::store_inventory(tx, report).await?;
         }
-        Ok(stored)
+        Ok(())
     }
 
     /// Stores the bulky documents of an agent whose row this transaction holds.
-    async fn store_bulky(tx: &mut Transaction<'_, D>, update: &AgentUpdate) -> Result<(), StoreError> {
-        for (column, document) in DOCUMENTS.into_iter().zip(documents(update)) {
+    async fn store_bulky(tx: &mut Transaction<'_, D>, report: &Reported<'_>) -> Result<(), StoreError> {
+        for (column, document) in DOCUMENTS.into_iter().zip(documents(report)) {
             let Some(document) = document.filter(|document| is_bulky(document)) else { continue };
             sqlx::query(sql(format!("UPDATE agents SET {column} = $1 WHERE id = $2")))
                 .bind(Json(document))
-                .bind(update.agent.as_uuid())
+                .bind(report.agent.as_uuid())
                 .execute(&mut **tx)
                 .await
                 .map_err(failure::<D>)?;
@@ -214,9 +304,9 @@ where
     }
 
     /// Stores the inventory that an agent reported, once per hash.
-    async fn store_inventory(tx: &mut Transaction<'_, D>, update: &AgentUpdate) -> Result<(), StoreError> {
+    async fn store_inventory(tx: &mut Transaction<'_, D>, report: &Reported<'_>) -> Result<(), StoreError> {
         let (Some(hash), Some(components)) =
-            (&update.documents.components_hash, &update.documents.components)
+            (&report.documents.components_hash, &report.documents.components)
         else {
             return Ok(());
         };
@@ -226,7 +316,7 @@ where
         )
         .bind(hash.clone())
         .bind(Json(components))
-        .bind(update.at)
+        .bind(report.at)
         .execute(&mut **tx)
         .await
         .map_err(failure::<D>)?;

@@ -3,17 +3,20 @@
 use std::sync::Arc;
 
 use opamp_server::agent::Capabilities;
-use opamp_server::agent::report::{Part, PartSet};
+use opamp_server::agent::report::{KnownAgent, Part, PartSet};
 use opamp_server::close::CloseReason;
 use opamp_server::store::{
-    Displaced, NewConnection, Older, Rival, Sighting, Status, StatusChange, Store, Transport, Write, Written,
+    ConnectionEnd, Displaced, NewConnection, Older, Opened, Rival, Sighting, Status, StatusChange, Store,
+    Transport, Write, Written,
 };
 use serde_json::json;
 
+use super::lists::found_by;
 use super::scene::{
     Node, assert_true_history, at, create, delete, end, history, only_row, opened, row, status_log, uid,
     update, write_one,
 };
+use super::updating::detail;
 use crate::harness::Database;
 
 /// The first report of an unknown agent makes its record and its first row, and both say the same.
@@ -43,6 +46,80 @@ pub(super) async fn a_new_agent_gets_its_record_and_its_row_in_one_transaction(s
     assert_eq!((connection.node_id, connection.transport), (Some(node.id), Transport::Websocket));
     assert_eq!(connection.remote_addr.as_deref(), Some("192.0.2.1:40001"));
     assert_eq!(connection.confirmed_until, Some(at(5)));
+}
+
+/// An agent of which nothing is on record has its whole first report stored in the same commit: record, number,
+/// attributes, bulky documents, inventory.
+pub(super) async fn a_new_agent_s_first_report_is_stored_with_its_connection(database: &Database) {
+    let (store, raw) = (database.open().await, database.raw().await);
+    let node = Node::start(&store, "a", at(0)).await;
+    let (first, plain) = (node.reporting(uid(1), at(5)), node.arrival(uid(2), at(5)));
+    let reported = first.first_report.clone().expect("it reports");
+    let written = store.write(&[Write::CreateConnection(first), Write::CreateConnection(plain)]).await;
+    let [opened, other]: [Opened; 2] =
+        written.expect("both open").into_iter().map(opened).collect::<Vec<_>>().try_into().expect("two");
+    assert_eq!((opened.stored, other.stored), (true, false));
+    assert_eq!(opened.agent, KnownAgent::default(), "what was known of it before");
+    let stored = detail(&store, 1).await;
+    let documents = &reported.documents;
+    assert_eq!(
+        stored.description,
+        documents.description.as_ref().map(|described| described.document.clone())
+    );
+    assert_eq!(stored.effective_config, documents.effective_config, "a bulky one");
+    assert_eq!(stored.components, documents.components);
+    assert_eq!((stored.row.name.as_deref(), stored.capabilities), (Some("edge"), 7));
+    assert_eq!((stored.row.status, stored.row.status_since), (Status::Online, at(5)));
+    assert_eq!(
+        (stored.row.connection_id, stored.row.last_connected_at),
+        (Some(opened.connection_id), Some(at(5)))
+    );
+    assert_eq!(found_by(&store, &[("zone", "eu")]).await, [uid(1)]);
+    assert_eq!(status_log(&raw, uid(1)).await.len(), 1);
+    // Whoever returns meets it, and a later report of this connection holds the fence.
+    assert!(update(&store, node.described(&opened, uid(1), at(6), &[("zone", "us")])).await);
+    assert_eq!(found_by(&store, &[("zone", "us")]).await, [uid(1)]);
+    end(
+        &store,
+        ConnectionEnd { unsaved: true, ..node.end_of(&opened, uid(1), CloseReason::ClosedByAgent, at(7)) },
+    )
+    .await;
+    let again = node.open(uid(1), at(8)).await;
+    assert_eq!((again.agent.known, again.agent.sequence_num), (true, Some(1)));
+    assert!(again.agent.parts.has(Part::EffectiveConfig) && again.agent.parts.has(Part::AvailableComponents));
+    assert_true_history(&store, uid(1)).await;
+}
+
+/// What is on record may be newer than what a first report on a link was made against: the session looks at it then.
+pub(super) async fn a_first_report_is_stored_of_nobody_who_is_on_record(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    let known = node.open(uid(1), at(1)).await;
+    let arrival = node.reporting(uid(1), at(5));
+    let opened = create(&store, arrival.clone()).await;
+    assert!(
+        !opened.stored
+            && opened.displaced.is_some_and(|displaced| displaced.connection_id == known.connection_id)
+    );
+    assert_eq!((detail(&store, 1).await.description, opened.agent.parts), (None, PartSet::EMPTY));
+    // Nor once more, where the answer to the first opening was lost.
+    let fresh = node.reporting(uid(2), at(5));
+    assert!(create(&store, fresh.clone()).await.stored);
+    let again = create(&store, fresh).await;
+    assert!(again.continued && !again.stored);
+    assert_eq!(again.agent.sequence_num, Some(0), "it is on record");
+}
+
+/// The record that a new uid was given to waits for its agent, and says nothing of it.
+pub(super) async fn an_agent_that_was_given_its_uid_is_new(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    node.visit(uid(1), at(1), at(2)).await;
+    let given = store.assign_uid(uid(1), uid(2), at(2)).await.expect("it is given");
+    assert!(create(&store, node.reporting(given, at(3))).await.stored);
+    let stored = detail(&store, 2).await;
+    assert_eq!(
+        (stored.row.status, stored.row.retired_at, stored.row.name.as_deref()),
+        (Status::Online, None, Some("edge"))
+    );
 }
 
 /// Who returns meets what was stored: number, mask and parts, so that nothing is asked again.

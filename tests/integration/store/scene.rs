@@ -9,7 +9,7 @@ use opamp_server::agent::{Capabilities, InstanceUid};
 use opamp_server::clock::Moment;
 use opamp_server::close::{Cause, CloseReason};
 use opamp_server::store::{
-    AgentFilter, AgentRow, AgentUpdate, ConnectionEnd, ConnectionRow, Deleted, Deletion, Ended,
+    AgentFilter, AgentRow, AgentUpdate, ConnectionEnd, ConnectionRow, Deleted, Deletion, Ended, FirstReport,
     HistoryFilter, NewConnection, NewNode, NodeStart, Opened, PageRequest, Store, StoreError, Transport,
     Write, Written,
 };
@@ -85,7 +85,23 @@ impl Node {
             first_poll: None,
             poll_grace: Duration::ZERO,
             excused_until: None,
+            first_report: None,
         }
+    }
+
+    /// An agent that arrives with a report of everything, a bulky config among it.
+    pub(crate) fn reporting(&self, agent: InstanceUid, at: Moment) -> NewConnection {
+        let documents = Documents {
+            description: Some(description(&[("service.name", "edge"), ("zone", "eu")])),
+            health: Some(json!({ "healthy": true })),
+            healthy: Some(true),
+            effective_config: Some(json!({ "": { "body": "x".repeat(80_000), "content_type": "" } })),
+            components_hash: Some("cc".to_owned()),
+            components: Some(json!({ "receivers": {} })),
+            ..Documents::default()
+        };
+        let report = FirstReport { sequence_num: Some(0), capabilities: Capabilities(7), documents };
+        NewConnection { first_report: Some(Arc::new(report)), ..self.arrival(agent, at) }
     }
 
     /// An agent that polls.

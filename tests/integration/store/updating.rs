@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::scene::{Node, at, description, row, uid, update};
 use crate::harness::Database;
 
-async fn detail(store: &Arc<dyn Store>, number: u32) -> AgentDetail {
+pub(super) async fn detail(store: &Arc<dyn Store>, number: u32) -> AgentDetail {
     store.get_agent(uid(number)).await.expect("the store answers").expect("the agent is on record")
 }
 

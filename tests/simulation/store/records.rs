@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use opamp_server::agent::document::Documents;
 use opamp_server::agent::report::{KnownAgent, Part, PartSet};
 use opamp_server::agent::{Capabilities, InstanceUid};
 use opamp_server::clock::Moment;
@@ -166,6 +167,26 @@ impl Agent {
         }
     }
 
+    /// Takes over what was reported.
+    fn adopt(&mut self, capabilities: Capabilities, documents: &Documents) {
+        let described = documents.description.as_ref();
+        let parts = [
+            (Part::Description, described.map(|described| &described.document)),
+            (Part::Health, documents.health.as_ref()),
+            (Part::EffectiveConfig, documents.effective_config.as_ref()),
+        ];
+        for ((part, document), mark) in parts.into_iter().zip(&mut self.marks) {
+            if let Some(document) = document {
+                self.parts = self.parts.with(part);
+                *mark = mark_in(&document.to_string());
+            }
+        }
+        if let Some(described) = described {
+            self.ephemeral = described.ephemeral;
+        }
+        self.capabilities = capabilities;
+    }
+
     /// Changes the status and logs that, where it is another one.
     fn turn(
         &mut self,
@@ -267,23 +288,7 @@ impl Records {
         {
             return false;
         }
-        let documents = &update.documents;
-        let described = documents.description.as_ref();
-        let parts = [
-            (Part::Description, described.map(|described| &described.document)),
-            (Part::Health, documents.health.as_ref()),
-            (Part::EffectiveConfig, documents.effective_config.as_ref()),
-        ];
-        for ((part, document), mark) in parts.into_iter().zip(&mut agent.marks) {
-            if let Some(document) = document {
-                agent.parts = agent.parts.with(part);
-                *mark = mark_in(&document.to_string());
-            }
-        }
-        if let Some(described) = described {
-            agent.ephemeral = described.ephemeral;
-        }
-        agent.capabilities = update.capabilities;
+        agent.adopt(update.capabilities, &update.documents);
         agent.updated_at = agent.updated_at.max(update.at);
         if let Some(seen) = &mut agent.seen {
             seen.at = seen.at.max(update.at);
@@ -392,6 +397,7 @@ impl Records {
         at = displaced.map_or(at, |(_, end)| at.max(end.at));
         let id = continues.unwrap_or_else(|| self.insert_row(new, at));
         let known = agent.known();
+        let first = new.first_report.as_deref().filter(|_| known == KnownAgent::default() && open.is_none());
         let word = if agent.last_connected_at.is_none() { "first_report" } else { "returned" };
         let status = agent.turn(new.agent, Status::Online, at, word, Some(id));
         let silence = agent.seen.and_then(|seen| seen.silence).filter(|_| continues.is_some());
@@ -412,7 +418,11 @@ impl Records {
         agent.order = agent.order.filter(|(connection, _)| *connection == id);
         (agent.offline_at, agent.stale_from, agent.retired_at) = (None, None, None);
         agent.updated_at = agent.updated_at.max(at);
-        agent.seen = Some(Seen { connection: id, at: seen_at, number: agent.number(), silence });
+        let number = first.map_or(agent.number(), |report| report.sequence_num);
+        agent.seen = Some(Seen { connection: id, at: seen_at, number, silence });
+        if let Some(report) = first {
+            agent.adopt(report.capabilities, &report.documents);
+        }
         self.agents.insert(new.agent, agent);
         Written::Created(Box::new(Opened {
             connection_id: id,
@@ -421,6 +431,7 @@ impl Records {
             seen_at,
             poll_silence: silence,
             agent: known,
+            stored: first.is_some(),
             displaced: displaced.map(|(connection_id, end)| Displaced {
                 connection_id,
                 reason: end.reason,
