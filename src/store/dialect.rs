@@ -50,7 +50,7 @@ pub(super) trait Dialect: Database {
     const LOOK_THROUGH: &'static str;
     /// How to ask for agents of which one of several conditions holds, each served by an index: the beginning, what
     /// stands between two, the end, and the name of the table in the conditions. SQLite walks the largest index
-    /// where it meets an OR beside another condition.
+    /// where it meets an OR beside another condition, and makes a set of numbers sooner than one of ids.
     const EITHER: [&'static str; 4];
     /// After `agent_attribute_sets s`: the condition that it has some pairs, before, between and after them.
     const WITH_PAIRS: [&'static str; 3];
@@ -219,8 +219,8 @@ impl Dialect for Sqlite {
     const PAGE_FIRST: bool = true;
     const ROWS_BEFORE: [&'static str; 4] = ["c.agent_id = ", " AND c.agent_id = ", " AND c.id < ", ""];
     const EITHER: [&'static str; 4] = [
-        "+a.id IN (SELECT n.id FROM agents n WHERE ",
-        " UNION ALL SELECT n.id FROM agents n WHERE ",
+        "+a.rowid IN (SELECT n.rowid FROM agents n WHERE ",
+        " UNION ALL SELECT n.rowid FROM agents n WHERE ",
         ")",
         "n",
     ];
