@@ -14,7 +14,7 @@
 //! A link reads a frame → [`wire`] decodes → [`session::exchange`]: the first report of an agent on
 //! a link opens its session, and with it a row of the [`history`], durable before the first offer;
 //! [`agent::report`] absorbs the report (pure); a report that changed state is saved before it is
-//! answered; a mere heartbeat writes one instant into the connection's [`pulse`] and nothing else →
+//! answered, with that row where nothing was on record of the agent; a mere heartbeat writes one instant into the connection's [`pulse`] and nothing else →
 //! [`agent::offer`] composes → the link sends.
 //!
 //! Openings, saves and ends that arrive during one commit share the next (`history`'s writer). Signs

@@ -339,17 +339,16 @@ impl History {
     /// Opens a connection; it is durable when this returns, with the first report where nothing was on record of its
     /// agent.
     ///
-    /// `share` is held meanwhile, whether anybody waits for it or not, and comes back.
+    /// With a first report, `share` is held meanwhile, whether anybody waits for it or not, and comes back with the answer.
     pub async fn open(&self, opening: Opening<'_>, share: &mut Option<Share>) -> Result<Opens, StoreError> {
-        let Opening { agent, transport, remote_addr, heard, number, older, spare, poll_grace, .. } = opening;
-        let Opening { peer_lost, first_report, .. } = opening;
+        let Opening { agent, transport, heard, number, older, spare, poll_grace, peer_lost, .. } = opening;
         let now = self.shared.clock.moment(heard);
         let proof = if transport == Transport::Http { self.shared.sight.proof(heard) } else { heard };
         let told = self.shared.clock.moment(proof);
         let new = NewConnection {
             agent,
             transport,
-            remote_addr: remote_addr.to_owned(),
+            remote_addr: opening.remote_addr.to_owned(),
             node_id: self.shared.node_id,
             node_seq: self.shared.node_seq.fetch_add(1, Ordering::Relaxed),
             at: now,
@@ -369,11 +368,12 @@ impl History {
                 let excused_from = resumed.max(peer_lost.unwrap_or_default());
                 self.shared.clock.moment(excused_from.after(self.shared.expected.return_time()))
             }),
-            first_report,
+            first_report: opening.first_report,
         };
-        let answered = self.push(Write::CreateConnection(new), Concern::Nobody, share.take()).await;
+        let held = if new.first_report.is_some() { share.take() } else { None };
+        let answered = self.push(Write::CreateConnection(new), Concern::Nobody, held).await;
         let Answered { reply, share: left } = answered.map_err(|_| writer_gone())?;
-        *share = left;
+        *share = left.or(share.take());
         match reply {
             Reply::Written(Written::Created(opened)) => {
                 self.shared.metrics.connections_opened.of(transport).increment(u64::from(!opened.continued));

@@ -60,7 +60,7 @@ impl Inbound {
     /// The documents of these parts, which are taken out of the report.
     pub(super) async fn documents(&mut self, parts: PartSet) -> Documents {
         match self.prepared.take() {
-            // On a connection that has just opened all parts that came are new.
+            // All parts that came: those that are known are stored once more as they are.
             Some(report) => Arc::unwrap_or_clone(report).documents,
             None => self.work(move |report| Documents::take(report, parts)).await,
         }

@@ -1,7 +1,7 @@
 //! One agent's conversation, without any socket: reports in, offers out.
 //!
 //! [`exchange()`] is the whole of it: it opens the session at the first report, absorbs, saves what
-//! changed before it answers, and ends the session when the agent leaves or is given another uid.
+//! changed before it answers (a new agent's with its connection), and ends the session when the agent leaves or is given another uid.
 //! It returns what to send and sends nothing. Whoever holds a [`Session`] holds its connection
 //! open: dropped without an end, the connection ends as `internal_error`.
 

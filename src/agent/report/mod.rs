@@ -1,9 +1,9 @@
 //! What a report changes: the rules of omitted parts, whole replacement, gaps and repeats.
 //!
 //! [`AgentState`] is all a session keeps of what was reported: the number, the mask and a digest per
-//! part; an [`Outline`] is what of a report decides. [`AgentState::absorb`] promises that under any loss, repetition and reordering of reports
-//! the state either equals the agent's or full state has been asked for, and that
-//! [`AgentState::stored_number`] is unknown as long as anything may be missing.
+//! part; an [`Outline`] is what of a report decides. [`AgentState::absorb`] promises that under any
+//! loss, repetition and reordering of reports the state either equals the agent's or full state has
+//! been asked for, and that [`AgentState::stored_number`] is unknown as long as anything may be missing.
 //! It must not know what the parts mean, where they are stored, or how an answer travels.
 
 use std::hash::{DefaultHasher, Hash, Hasher};

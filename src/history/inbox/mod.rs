@@ -278,7 +278,9 @@ impl Inbox {
                 }
                 self.keep(job);
             }
-            Write::CreateConnection(_) if !job.waiting.postponed => {
+            Write::CreateConnection(ref mut new) if !job.waiting.postponed => {
+                // It may be the report with which the store has trouble: as a change it is kept, and tried alone.
+                new.first_report = None;
                 job.waiting.postponed = true;
                 self.jobs.push_front(job);
             }

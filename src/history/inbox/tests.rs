@@ -7,7 +7,7 @@ use crate::agent::document::Documents;
 use crate::clock::{Moment, Tick};
 use crate::close::CloseReason;
 use crate::pulse::{Link, Pulse};
-use crate::store::{ConnectionEnd, Ended, NewConnection, Transport};
+use crate::store::{ConnectionEnd, Ended, FirstReport, NewConnection, Transport};
 
 fn uid(number: u8) -> InstanceUid {
     InstanceUid::from_bytes([number; 16])
@@ -72,6 +72,8 @@ fn end(connection: &Arc<OpenConnection>) -> (Job, oneshot::Receiver<Answered>) {
 }
 
 fn opening(number: u8) -> (Job, oneshot::Receiver<Answered>) {
+    let documents = Documents { healthy: Some(true), ..Documents::default() };
+    let report = FirstReport { sequence_num: Some(1), capabilities: Capabilities(1), documents };
     let new = NewConnection {
         agent: uid(number),
         transport: Transport::Websocket,
@@ -86,7 +88,7 @@ fn opening(number: u8) -> (Job, oneshot::Receiver<Answered>) {
         first_poll: None,
         poll_grace: std::time::Duration::ZERO,
         excused_until: None,
-        first_report: None,
+        first_report: Some(Arc::new(report)),
     };
     job(Write::CreateConnection(new), Concern::Nobody)
 }
@@ -226,6 +228,8 @@ fn while_the_store_is_away_only_ends_and_tried_openings_wait() {
     let batch = inbox.take_batch(10);
     assert_eq!(agents(&batch), [(uid(4), 2), (uid(1), 1)]);
     let again = batch.into_iter().find(|job| job.write.stage() == 2).unwrap();
+    let Write::CreateConnection(new) = &again.write else { panic!("an opening: {again:?}") };
+    assert!(new.first_report.is_none(), "its report is tried by itself");
     assert!(inbox.put_back(again, &away(), true, 0).is_none());
     assert!(
         matches!(waits.try_recv().map(|answered| answered.reply), Ok(Reply::Failed(_))),

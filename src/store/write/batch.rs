@@ -19,7 +19,7 @@ pub enum Write {
     UpdateAgent(Box<AgentUpdate>),
     /// Ends a connection: its row, the agent's status, the reason, last seen.
     UpdateConnection(ConnectionEnd),
-    /// Creates a connection, and the agent's record where it is new.
+    /// Creates a connection, and the agent's record where it is new, with what its first report says.
     CreateConnection(NewConnection),
 }
 

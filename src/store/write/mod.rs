@@ -2,7 +2,7 @@
 //!
 //! The order of the stages keeps the promises: an end known in memory is written, with its own
 //! reason, ahead of the newcomer's row; opening locks the agents' rows sorted by uid, ends open
-//! rows, inserts, and sets the fence last. Decisions are made in Rust under these locks, so that
+//! rows, inserts, and then sets the fence, with the first report of whom nothing is on record. Decisions are made in Rust under these locks, so that
 //! both databases decide alike. The statements know nothing of links or sessions.
 
 mod batch;
@@ -30,7 +30,7 @@ pub use batch::{
 };
 use decide::{Arrival, Effects, Newcomer, RowEnd, Seen, end_of_stay, last_proof, welcome};
 pub(super) use decide::{LockedAgent, OpenRow};
-use update::Reported;
+use update::{Inventory, Reported};
 
 /// The keys of a batch, an element each.
 fn keys<K>(keys: impl Iterator<Item = K>) -> Vec<(K,)> {
@@ -133,6 +133,19 @@ where
         let stored = Self::update_agents(&mut tx, &updates).await?;
         let mut ended = Self::update_connections(&mut tx, &ends, &mut agents).await?;
         let mut opened = Self::create_connections(&mut tx, &news, &agents).await?;
+        let inventories = writes.iter().filter_map(|write| match write {
+            Write::UpdateAgent(update) if stored.contains(&update.agent) => {
+                Inventory::of(&update.documents, update.at)
+            }
+            Write::CreateConnection(new) => match opened.get(&new.agent) {
+                Some(Written::Created(opened)) if opened.stored => {
+                    Inventory::of(&new.first_report.as_ref()?.documents, new.at)
+                }
+                _ => None,
+            },
+            Write::UpdateAgent(_) | Write::UpdateConnection(_) => None,
+        });
+        Self::store_inventories(&mut tx, inventories.collect()).await?;
         tx.commit().await.map_err(failure::<D>)?;
         writes
             .iter()

@@ -78,8 +78,23 @@ impl<'a> Reported<'a> {
     }
 }
 
+/// An inventory that an agent reported.
+pub(super) struct Inventory<'a> {
+    hash: &'a str,
+    components: &'a Value,
+    at: Moment,
+}
+
+impl<'a> Inventory<'a> {
+    /// The inventory among the documents of a report, if there is one.
+    pub(super) fn of(documents: &'a Documents, at: Moment) -> Option<Self> {
+        let (hash, components) = (documents.components_hash.as_deref()?, documents.components.as_ref()?);
+        Some(Self { hash, components, at })
+    }
+}
+
 /// Whose reports are stored.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy)]
 enum Whose {
     /// Those of the connections that hold the fences.
     Holders,
@@ -270,7 +285,7 @@ where
         Ok(stored.into_iter().map(|(id,)| id.into()).collect())
     }
 
-    /// Stores what stands beside the rows of agents that this transaction holds: attributes, bulky documents, inventories.
+    /// Stores what stands beside the rows of agents that this transaction holds: attributes, bulky documents.
     async fn store_beside(tx: &mut Transaction<'_, D>, reports: &[Reported<'_>]) -> Result<(), StoreError> {
         let described = reports.iter().filter_map(|report| {
             report.documents.description.as_ref().map(|described| (report.agent, &described.attributes))
@@ -279,12 +294,6 @@ where
         Self::replace_attributes(tx, &sets).await?;
         for report in reports {
             Self::store_bulky(tx, report).await?;
-        }
-        // Sorted like the agents: whoever stores the same ones elsewhere must not wait in a circle.
-        let mut inventories: Vec<_> = reports.iter().collect();
-        inventories.sort_unstable_by_key(|report| &report.documents.components_hash);
-        for report in inventories {
-            Self::store_inventory(tx, report).await?;
         }
         Ok(())
     }
@@ -303,23 +312,26 @@ where
         Ok(())
     }
 
-    /// Stores the inventory that an agent reported, once per hash.
-    async fn store_inventory(tx: &mut Transaction<'_, D>, report: &Reported<'_>) -> Result<(), StoreError> {
-        let (Some(hash), Some(components)) =
-            (&report.documents.components_hash, &report.documents.components)
-        else {
-            return Ok(());
-        };
-        sqlx::query(
-            "INSERT INTO component_inventories (hash, components, created_at)
-             VALUES ($1, $2, $3) ON CONFLICT (hash) DO NOTHING",
-        )
-        .bind(hash.clone())
-        .bind(Json(components))
-        .bind(report.at)
-        .execute(&mut **tx)
-        .await
-        .map_err(failure::<D>)?;
+    /// Stores the inventories that agents reported, once per hash.
+    pub(super) async fn store_inventories(
+        tx: &mut Transaction<'_, D>,
+        mut inventories: Vec<Inventory<'_>>,
+    ) -> Result<(), StoreError> {
+        // All of a batch in one order: whoever stores the same ones elsewhere must not wait in a circle.
+        inventories.sort_unstable_by_key(|inventory| inventory.hash);
+        inventories.dedup_by_key(|inventory| inventory.hash);
+        for inventory in inventories {
+            sqlx::query(
+                "INSERT INTO component_inventories (hash, components, created_at)
+                 VALUES ($1, $2, $3) ON CONFLICT (hash) DO NOTHING",
+            )
+            .bind(inventory.hash.to_owned())
+            .bind(Json(inventory.components))
+            .bind(inventory.at)
+            .execute(&mut **tx)
+            .await
+            .map_err(failure::<D>)?;
+        }
         Ok(())
     }
 }

@@ -62,6 +62,7 @@ conformance! {
         a_new_agent_gets_its_record_and_its_row_in_one_transaction(store),
         a_new_agent_s_first_report_is_stored_with_its_connection(database),
         a_first_report_is_stored_of_nobody_who_is_on_record(store),
+        a_batch_holds_first_reports_beside_all_other_writes(store),
         an_agent_that_was_given_its_uid_is_new(store),
         a_known_agent_keeps_number_parts_and_capabilities(store),
         a_newcomer_takes_over_at_once(store),

@@ -94,8 +94,7 @@ pub(super) async fn a_new_agent_s_first_report_is_stored_with_its_connection(dat
 pub(super) async fn a_first_report_is_stored_of_nobody_who_is_on_record(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
     let known = node.open(uid(1), at(1)).await;
-    let arrival = node.reporting(uid(1), at(5));
-    let opened = create(&store, arrival.clone()).await;
+    let opened = create(&store, node.reporting(uid(1), at(5))).await;
     assert!(
         !opened.stored
             && opened.displaced.is_some_and(|displaced| displaced.connection_id == known.connection_id)
@@ -109,6 +108,52 @@ pub(super) async fn a_first_report_is_stored_of_nobody_who_is_on_record(store: A
     assert_eq!(again.agent.sequence_num, Some(0), "it is on record");
 }
 
+/// One commit takes new agents of both transports with their reports beside everybody else's writes.
+pub(super) async fn a_batch_holds_first_reports_beside_all_other_writes(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    let (holder, displaced) = (node.open(uid(1), at(1)).await, node.open(uid(2), at(1)).await);
+    let polled = create(&store, node.poll(uid(3), at(1))).await;
+    let mut change = node.described(&holder, uid(1), at(5), &[("service.name", "changed")]);
+    change.documents.components_hash = Some("cc".to_owned());
+    change.documents.components = Some(json!({ "receivers": {} }));
+    let with_report = |mut new: NewConnection, number: Option<u64>| {
+        let mut report =
+            node.reporting(new.agent, new.at).first_report.as_deref().cloned().expect("it reports");
+        report.sequence_num = number;
+        new.first_report = Some(Arc::new(report));
+        Write::CreateConnection(new)
+    };
+    let batch = [
+        with_report(node.poll(uid(4), at(6)), Some(0)),
+        Write::UpdateAgent(Box::new(change)),
+        with_report(node.arrival(uid(5), at(6)), None),
+        with_report(node.arrival(uid(2), at(6)), Some(7)),
+        with_report(node.poll(uid(3), at(6)), Some(7)),
+    ];
+    let mut written = store.write(&batch).await.expect("it is written");
+    assert!(matches!(written.remove(1), Written::Agent(true)));
+    let [by_poll, stale, newer, going_on]: [Opened; 4] =
+        written.into_iter().map(opened).collect::<Vec<_>>().try_into().expect("four");
+    assert_eq!([&by_poll, &stale, &newer, &going_on].map(|opened| opened.stored), [true, true, false, false]);
+    assert_eq!(newer.displaced.map(|older| older.connection_id), Some(displaced.connection_id));
+    assert_eq!((going_on.connection_id, going_on.continued), (polled.connection_id, true));
+    let mut found = Vec::new();
+    for number in 1..=5 {
+        let agent = detail(&store, number).await;
+        found.push((agent.row.name, agent.sequence_num, agent.components.is_some()));
+        assert_true_history(&store, uid(number)).await;
+    }
+    let edge = Some("edge".to_owned());
+    let expected = [
+        (Some("changed".to_owned()), Some(1), true),
+        (None, None, false),
+        (None, None, false),
+        (edge.clone(), Some(0), true),
+        (edge, None, true),
+    ];
+    assert_eq!(found, expected, "what may be missing has no number");
+}
+
 /// The record that a new uid was given to waits for its agent, and says nothing of it.
 pub(super) async fn an_agent_that_was_given_its_uid_is_new(store: Arc<dyn Store>) {
     let node = Node::start(&store, "a", at(0)).await;
@@ -120,6 +165,8 @@ pub(super) async fn an_agent_that_was_given_its_uid_is_new(store: Arc<dyn Store>
         (stored.row.status, stored.row.retired_at, stored.row.name.as_deref()),
         (Status::Online, None, Some("edge"))
     );
+    assert_eq!((stored.row.status_since, stored.row.last_connected_at), (at(3), Some(at(3))));
+    assert_eq!((stored.sequence_num, stored.row.previous_id), (Some(0), Some(uid(1).as_uuid())));
 }
 
 /// Who returns meets what was stored: number, mask and parts, so that nothing is asked again.
