@@ -267,11 +267,11 @@ impl Session {
     ///
     /// `None` where the report wants more: nothing has happened then.
     #[must_use]
-    pub fn beat(&mut self, report: &AgentToServer, bytes: &[u8]) -> Option<ServerToAgent> {
+    pub fn beat(&mut self, report: &AgentToServer, outline: &Outline) -> Option<ServerToAgent> {
         if self.connection.ended().is_some() || self.connection.forgot() || self.question.is_owed() {
             return None;
         }
-        let (next, change) = self.state.absorb(&Outline::of(report, bytes));
+        let (next, change) = self.state.absorb(outline);
         let quiet = !change.must_save && !change.leaves && !change.requests_uid && !change.ask_full_state;
         if !quiet || change.kind == Kind::Rival || self.is_to_be_reminded(&next, change.kind) {
             return None;

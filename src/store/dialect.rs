@@ -404,6 +404,11 @@ pub(super) fn batch<R: Serialize>(rows: &[R]) -> String {
     serde_json::to_string(rows).unwrap_or_default()
 }
 
+/// Keys as the rows of a batch, one each.
+pub(super) fn keys<K>(keys: impl IntoIterator<Item = K>) -> Vec<(K,)> {
+    keys.into_iter().map(|key| (key,)).collect()
+}
+
 /// A statement whose text is put together from constants of this crate only, never from data.
 pub(super) fn sql(text: String) -> AssertSqlSafe<String> {
     AssertSqlSafe(text)

@@ -7,12 +7,12 @@
 use std::collections::HashMap;
 
 use async_trait::async_trait;
-use serde_json::{Value, json};
+use serde_json::Value;
 use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, QueryBuilder, Transaction, Type};
 use uuid::Uuid;
 
 use super::agents::from_matching;
-use super::dialect::{Column, Dialect, SqlStore, batch, bounded, failure, rows, sql};
+use super::dialect::{Column, Dialect, SqlStore, batch, bounded, failure, keys, rows, sql};
 use super::status_log::log_row;
 use super::write::{ConnectionEnd, LockedAgent, OpenRow};
 use super::{AgentFilter, OrderStore, Status, StatusChange, StoreError, Transport};
@@ -126,9 +126,8 @@ where
              WHERE c.disconnected_at IS NOT NULL AND c.id IN (SELECT r.id FROM {} r)",
             rows::<D>(&[("id", Column::Integer)])
         );
-        let values: Vec<Value> = connections.iter().map(|id| json!([id])).collect();
         bounded(async {
-            let query = sqlx::query_scalar(sql(text)).bind(batch(&values));
+            let query = sqlx::query_scalar(sql(text)).bind(batch(&keys(connections)));
             query.fetch_all(&self.readers).await.map_err(failure::<D>)
         })
         .await
@@ -152,10 +151,10 @@ where
 #[derive(Default)]
 struct Plan {
     /// Agents that are not connected: retired at once.
-    retired: Vec<Value>,
+    retired: Vec<(InstanceUid, i64)>,
     log: Vec<Value>,
     /// Agents whose connection a living node holds: it is told.
-    ordered: Vec<Value>,
+    ordered: Vec<InstanceUid>,
     /// Connections that nobody holds: ended at once.
     ends: Vec<ConnectionEnd>,
 }
@@ -170,14 +169,14 @@ impl Plan {
             reason: CloseReason::Deleted.label().to_owned(),
             connection_id: None,
         };
-        self.retired.push(json!([agent.id, at.as_micros()]));
+        self.retired.push((agent.id, at.as_micros()));
         self.log.push(log_row(&change, at, Some(deletion.node_id)));
         change
     }
 
     fn close(&mut self, agent: &LockedAgent, open: &OpenRow, deletion: &Deletion) {
         if open.transport == Transport::Websocket && !open.node_gone {
-            self.ordered.push(json!([agent.id]));
+            self.ordered.push(agent.id);
             return;
         }
         let known = deletion.at.max(agent.updated_at);
@@ -236,7 +235,7 @@ where
         };
         // An order that is on its way stands: it closes this very connection, and a delete is more than a reconnect.
         if !ordered {
-            Self::order_close(&mut tx, vec![json!([agent])], CloseReason::ReconnectRequested).await?;
+            Self::order_close(&mut tx, &[agent], CloseReason::ReconnectRequested).await?;
             tx.commit().await.map_err(failure::<D>)?;
         }
         Ok(Some(Reconnect::Ordered(id)))
@@ -245,7 +244,7 @@ where
     /// Orders that the open connections of locked agents end, and tells every node.
     async fn order_close(
         tx: &mut Transaction<'_, D>,
-        agents: Vec<Value>,
+        agents: &[InstanceUid],
         reason: CloseReason,
     ) -> Result<(), StoreError> {
         let text = format!(
@@ -254,7 +253,7 @@ where
             reason.label(),
             rows::<D>(&[("id", Column::Uuid)])
         );
-        Self::execute(tx, text, &agents).await?;
+        Self::execute(tx, text, &keys(agents)).await?;
         Self::announce(tx).await
     }
 
@@ -274,8 +273,7 @@ where
         let mut tx = self.begin().await?;
         let found = Self::lock_matching(&mut tx, deletion, after).await?;
         let agents = Self::read_agents(&mut tx, &found).await?;
-        let keys: Vec<_> = found.iter().map(|agent| (*agent,)).collect();
-        let open = Self::open_rows(&mut tx, "agent_id", &keys).await?;
+        let open = Self::open_rows(&mut tx, "agent_id", &keys(found.iter().copied())).await?;
         let open: HashMap<InstanceUid, OpenRow> = open.into_iter().map(|row| (row.agent_id, row)).collect();
         let mut done = Deleted { found: found.len() as u64, ..Deleted::default() };
         done.next = found.last().copied().filter(|_| found.len() == DELETES_PER_COMMIT);
@@ -334,7 +332,7 @@ where
             done.changes.extend(ended.status);
         }
         if !plan.ordered.is_empty() {
-            Self::order_close(tx, plan.ordered, CloseReason::Deleted).await
+            Self::order_close(tx, &plan.ordered, CloseReason::Deleted).await
         } else if !plan.ends.is_empty() {
             // Pollers have no order: their sessions look whether they still have a connection.
             Self::announce(tx).await

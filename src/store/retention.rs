@@ -4,11 +4,10 @@
 //! something that did not happen, whatever the setting becomes.
 
 use async_trait::async_trait;
-use serde_json::{Value, json};
 use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, Type};
 use uuid::Uuid;
 
-use super::dialect::{Column, Dialect, SqlStore, batch, bounded, failure, rows, sql};
+use super::dialect::{Column, Dialect, SqlStore, bounded, failure, rows, sql};
 use super::{RetentionStore, StoreError};
 use crate::clock::Moment;
 
@@ -79,7 +78,6 @@ where
             );
             let gone: Vec<(Uuid,)> =
                 sqlx::query_as(sql(text)).bind(before).fetch_all(&mut *tx).await.map_err(failure::<D>)?;
-            let gone: Vec<Value> = gone.into_iter().map(|(id,)| json!([id])).collect();
             let ids = rows::<D>(&[("id", Column::Uuid)]);
             for text in [
                 format!("DELETE FROM agent_attribute_sets WHERE agent_id IN (SELECT r.id FROM {ids} r)"),
@@ -88,10 +86,7 @@ where
                 format!("UPDATE agents SET previous_id = NULL WHERE previous_id IN (SELECT r.id FROM {ids} r)"),
                 format!("DELETE FROM agents WHERE id IN (SELECT r.id FROM {ids} r)"),
             ] {
-                if !gone.is_empty() {
-                    let query = sqlx::query(sql(text)).bind(batch(&gone));
-                    query.execute(&mut *tx).await.map_err(failure::<D>)?;
-                }
+                Self::execute(&mut tx, text, &gone).await?;
             }
             let forgotten = Forgotten { connections, transitions, agents: gone.len() as u64 };
             if forgotten != Forgotten::default() {

@@ -73,16 +73,21 @@ pub(super) async fn unfold(body: Bytes, share: Option<Share>, budget: &Budget) -
     Ok(Inbound::new(report, outline, share))
 }
 
-/// A light report that is decoded already, and how many elements it has: it waits only for others like it.
-pub(super) async fn weighed(
-    (report, elements): (AgentToServer, usize),
-    body: &[u8],
-    budget: &Budget,
-) -> Result<Inbound, Unfit> {
+/// A light report that is decoded already.
+pub(super) struct Light {
+    pub(super) report: AgentToServer,
+    pub(super) outline: Outline,
+    /// The length of its message.
+    pub(super) bytes: usize,
+    /// How many elements it has.
+    pub(super) elements: usize,
+}
+
+/// Takes in a light report: it waits only for others like it.
+pub(super) async fn weighed(light: Light, budget: &Budget) -> Result<Inbound, Unfit> {
     let mut share = budget.small_share();
-    cover(share.cover_message(body.len(), elements)).await?;
-    let outline = Outline::of(&report, body);
-    Ok(Inbound::new(report, outline, share))
+    cover(share.cover_message(light.bytes, light.elements)).await?;
+    Ok(Inbound::new(light.report, light.outline, share))
 }
 
 /// How many elements a message has that may be decoded at once, as whatever it says becomes little; none for another.

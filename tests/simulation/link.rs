@@ -233,7 +233,8 @@ impl LinkTask {
 
     async fn on_message(&mut self, bytes: Vec<u8>) -> Result<(), End> {
         let Ok(report) = AgentToServer::decode(bytes.as_slice()) else { return Ok(()) };
-        let offer = if let Some(offer) = self.beat(&report, &bytes) {
+        let outline = Outline::of(&report, &bytes);
+        let offer = if let Some(offer) = self.beat(&report, &outline) {
             offer
         } else {
             let link = Arc::clone(&self.origin.link);
@@ -242,7 +243,6 @@ impl LinkTask {
             let began = Instant::now();
             let mut share = self.process.budget.small_share();
             share.cover_message(bytes.len(), 10).await;
-            let outline = Outline::of(&report, &bytes);
             let inbound = Inbound::new(report, outline, share);
             let offer = self.take(inbound).await;
             link.attend(turned_away, self.process.services.clock.tick());
@@ -259,10 +259,10 @@ impl LinkTask {
         self.look_around()
     }
 
-    fn beat(&mut self, report: &AgentToServer, bytes: &[u8]) -> Option<ServerToAgent> {
+    fn beat(&mut self, report: &AgentToServer, outline: &Outline) -> Option<ServerToAgent> {
         let Ok(Sender::Agent(agent)) = Sender::of(report) else { return None };
         let index = self.sessions.binary_search_by_key(&agent, |(uid, _)| *uid).ok()?;
-        self.sessions.get_mut(index)?.1.as_mut()?.beat(report, bytes)
+        self.sessions.get_mut(index)?.1.as_mut()?.beat(report, outline)
     }
 
     async fn take(&mut self, mut inbound: Inbound) -> ServerToAgent {

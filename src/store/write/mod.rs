@@ -18,7 +18,7 @@ use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, Transaction, Type};
 use uuid::Uuid;
 
-use super::dialect::{Column, Dialect, SqlStore, batch, bounded, failure, rows, sql};
+use super::dialect::{Column, Dialect, SqlStore, batch, bounded, failure, keys, rows, sql};
 use super::status_log::log_row;
 use super::{ConnectionRow, HistoryFilter, Page, PageRequest, PolledConnection, StatusChange, Transport};
 use super::{ConnectionStore, StoreError};
@@ -31,11 +31,6 @@ pub use batch::{
 use decide::{Arrival, Effects, Newcomer, RowEnd, Seen, end_of_stay, last_proof, welcome};
 pub(super) use decide::{LockedAgent, OpenRow};
 use update::{Inventory, Reported};
-
-/// The keys of a batch, an element each.
-fn keys<K>(keys: impl Iterator<Item = K>) -> Vec<(K,)> {
-    keys.map(|key| (key,)).collect()
-}
 
 /// The JSON form of a number as stored: 64 bits, the sign is only a reading.
 pub(super) fn stored_number(number: Option<u64>) -> Option<i64> {

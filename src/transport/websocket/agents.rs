@@ -11,17 +11,18 @@ use tokio_tungstenite::tungstenite::Bytes;
 
 use super::{End, LONELY};
 use crate::agent::offer::{Answer, Refusal, compose};
+use crate::agent::report::Outline;
 use crate::agent::{InstanceUid, Sender};
 use crate::burden::Share;
 use crate::clock::Tick;
 use crate::close::CloseReason;
 use crate::history::{EndTicket, Noticed};
 use crate::metrics::{DecodeFailure, Refused};
-use crate::proto::{AgentToServer, ServerToAgent};
+use crate::proto::ServerToAgent;
 use crate::session::ends::{Outlook, look_around};
 use crate::session::{Exchange, Inbound, Origin, Services, Session, exchange, introduce, reject, sender};
 use crate::transport::admission::Admission;
-use crate::transport::intake::{self, Unfit};
+use crate::transport::intake::{self, Light, Unfit};
 use crate::wire::{self, WireError};
 
 /// Malformed messages in a row after which a link is closed.
@@ -48,8 +49,8 @@ pub(super) struct Agents {
 pub(super) enum Take {
     /// Send this frame: it answers a mere sign of life, or what is no report.
     Answer(Vec<u8>),
-    /// The report, of so many elements, wants more than a look at its session.
-    Process(Box<(AgentToServer, usize)>),
+    /// The report wants more than a look at its session.
+    Process(Box<Light>),
     /// It is too heavy to be looked at here and now.
     Unfold,
 }
@@ -99,22 +100,23 @@ impl Agents {
             Ok(report) => report,
             Err(error) => return Take::Answer(self.malformed(&error)),
         };
+        let outline = Outline::of(&report, body);
         self.malformed = 0;
         if let Ok(Sender::Agent(agent)) = Sender::of(&report)
             && let Ok(index) = self.sessions.binary_search_by_key(&agent, |(uid, _)| *uid)
             && let Some((_, Some(session))) = self.sessions.get_mut(index)
-            && let Some(offer) = session.beat(&report, body)
+            && let Some(offer) = session.beat(&report, &outline)
         {
             self.speaker = Some(agent);
             return Take::Answer(wire::encode_frame(&offer));
         }
-        Take::Process(Box::new((report, elements)))
+        Take::Process(Box::new(Light { report, outline, bytes: body.len(), elements }))
     }
 
     /// Takes a message in that asks for more than a look; answers the frame to send.
     pub(super) async fn process(
         &mut self,
-        report: Option<Box<(AgentToServer, usize)>>,
+        report: Option<Box<Light>>,
         body: Bytes,
         share: Option<Box<Share>>,
     ) -> Result<Vec<u8>, End> {
@@ -140,7 +142,7 @@ impl Agents {
     /// Takes a message apart once there is memory for it; gives up when everybody on the link was ended.
     async fn unfold(
         &mut self,
-        report: Option<Box<(AgentToServer, usize)>>,
+        report: Option<Box<Light>>,
         body: Bytes,
         share: Option<Box<Share>>,
     ) -> Result<Result<Inbound, Unfit>, End> {
@@ -148,7 +150,7 @@ impl Agents {
         let budget = admission.budget();
         let unfolding = async {
             if let Some(report) = report {
-                return intake::weighed(*report, &body, budget).await;
+                return intake::weighed(*report, budget).await;
             }
             intake::unfold(body, share.map(|share| *share), budget).await
         };
