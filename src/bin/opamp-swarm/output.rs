@@ -98,6 +98,13 @@ pub(crate) struct Latencies {
 #[derive(Debug, Serialize)]
 struct Latency {
     count: u64,
+    /// Absent where nothing was measured: no time is not a time of zero.
+    #[serde(flatten)]
+    quantiles: Option<Quantiles>,
+}
+
+#[derive(Debug, Serialize)]
+struct Quantiles {
     p50: f64,
     p90: f64,
     p99: f64,
@@ -193,14 +200,15 @@ impl Latencies {
 impl Latency {
     fn new(histogram: &Histogram) -> Self {
         let quantile = |per_mille| millis(histogram.quantile(per_mille));
-        Self {
-            count: histogram.count(),
+        let count = histogram.count();
+        let quantiles = (count > 0).then(|| Quantiles {
             p50: quantile(500),
             p90: quantile(900),
             p99: quantile(990),
             p999: quantile(999),
             max: millis(histogram.max()),
-        }
+        });
+        Self { count, quantiles }
     }
 }
 
@@ -280,11 +288,10 @@ impl fmt::Display for Outcome {
 
 impl fmt::Display for Latency {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "p50 {} ms, p90 {} ms, p99 {} ms, p99.9 {} ms, max {} ms",
-            self.p50, self.p90, self.p99, self.p999, self.max
-        )
+        let Some(Quantiles { p50, p90, p99, p999, max }) = &self.quantiles else {
+            return f.write_str("none");
+        };
+        write!(f, "p50 {p50} ms, p90 {p90} ms, p99 {p99} ms, p99.9 {p999} ms, max {max} ms")
     }
 }
 
@@ -297,9 +304,10 @@ pub(crate) async fn progress(counts: &Counts) -> Infallible {
     loop {
         ticks.tick().await;
         let answers = counts.answers.get();
+        let latency = Latencies::new(counts).all.quantiles;
         eprintln!(
             "{:>5} s  {}/{} connected  {answers} answers (+{})  {} full-state requests  \
-             {} errors  {} losses  p99 {} ms",
+             {} errors  {} losses{}",
             start.elapsed().as_secs(),
             counts.connected(),
             counts.agents,
@@ -307,7 +315,7 @@ pub(crate) async fn progress(counts: &Counts) -> Infallible {
             counts.full_state_requests.get(),
             counts.errors.sum(),
             counts.losses().values().sum::<u64>(),
-            Latencies::new(counts).all.p99,
+            latency.map_or_else(String::new, |latency| format!("  p99 {} ms", latency.p99)),
         );
         answered = answers;
     }
@@ -342,5 +350,7 @@ mod tests {
         assert_eq!(value["event"], "result");
         assert_eq!(value["agents"], 3);
         assert_eq!(value["latency_ms"]["all"]["max"], 2.0);
+        assert_eq!(value["latency_ms"]["later"], serde_json::json!({ "count": 0 }), "none was sent");
+        assert!(event.to_string().contains("later ones:   none"), "{event}");
     }
 }
