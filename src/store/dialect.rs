@@ -45,13 +45,13 @@ pub(super) trait Dialect: Database {
     const CONNECTED: &'static str;
     /// The query for the database's time; none where that is the host's.
     const NOW: Option<&'static str>;
-    /// Before a column that must be in a set: look through the agents, do not look up each of the set. SQLite knows
-    /// nothing of the set's size and would always do the latter; Postgres decides by itself.
+    /// Before a column whose condition must not choose the index: look through the rows that another one finds. SQLite
+    /// knows nothing of how many there are and would look up each element of a set, or everybody with a status;
+    /// Postgres decides by itself.
     const LOOK_THROUGH: &'static str;
-    /// How to ask for agents of which one of several conditions holds, each served by an index: the beginning, what
-    /// stands between two, the end, and the name of the table in the conditions. SQLite walks the largest index
-    /// where it meets an OR beside another condition, and makes a set of numbers sooner than one of ids.
-    const EITHER: [&'static str; 4];
+    /// After a query in brackets: find all of its rows before anything is sorted or left out. Postgres would walk every
+    /// agent in the order of a page where it thinks it likely to have the page full soon.
+    const ALL_FIRST: &'static str;
     /// After `agent_attribute_sets s`: the condition that it has some pairs, before, between and after them.
     const WITH_PAIRS: [&'static str; 3];
     /// The order in which `r` is best written into `agent_attribute_sets`: the inverted index of SQLite is written anew
@@ -62,6 +62,9 @@ pub(super) trait Dialect: Database {
     /// True where a page of agents is found by their ids first and its rows are read then: SQLite sorts whatever is
     /// selected. Postgres joins as it walks and would look for the rows once more.
     const PAGE_FIRST: bool;
+    /// After the ids of a `page`: their rows in `agents a`, each looked up. Postgres would read the whole table where it
+    /// thinks that hardly longer.
+    const ROWS_OF_PAGE: &'static str;
     /// The conditions for the rows of one agent in `c` before one of them: what stands before, between and after the
     /// agent, the agent once more, and the id. In the order of both columns there is one index. With a plain equality
     /// Postgres knows that the agent does not matter there, and takes the primary key where it thinks it likely to
@@ -126,8 +129,10 @@ impl Dialect for Postgres {
     const NOW: Option<&'static str> = Some("SELECT clock_timestamp()");
     const LOOK_THROUGH: &'static str = "";
     const PAGE_FIRST: bool = false;
+    const ROWS_OF_PAGE: &'static str =
+        " JOIN LATERAL (SELECT * FROM agents WHERE id = page.id OFFSET 0) a ON true";
     const ROWS_BEFORE: [&'static str; 4] = ["c.agent_id >= ", " AND (c.agent_id, c.id) < (", ", ", ")"];
-    const EITHER: [&'static str; 4] = ["(", " OR ", ")", "a"];
+    const ALL_FIRST: &'static str = " OFFSET 0";
     const WITH_PAIRS: [&'static str; 3] = ["WHERE s.pairs @> ARRAY[", ", ", "]"];
     const SETS_IN_ORDER: &'static str = "";
     const CAUSES: &'static str = "";
@@ -152,6 +157,10 @@ impl Dialect for Postgres {
         (
             include_str!("../../migrations/postgres/0004_attributes.up.sql"),
             include_str!("../../migrations/postgres/0004_attributes.down.sql"),
+        ),
+        (
+            include_str!("../../migrations/postgres/0005_search.up.sql"),
+            include_str!("../../migrations/postgres/0005_search.down.sql"),
         ),
     ];
     const TABLE_EXISTS: &'static str =
@@ -217,13 +226,9 @@ impl Dialect for Sqlite {
     const NOW: Option<&'static str> = None;
     const LOOK_THROUGH: &'static str = "+";
     const PAGE_FIRST: bool = true;
+    const ROWS_OF_PAGE: &'static str = " JOIN agents a ON a.id = page.id";
     const ROWS_BEFORE: [&'static str; 4] = ["c.agent_id = ", " AND c.agent_id = ", " AND c.id < ", ""];
-    const EITHER: [&'static str; 4] = [
-        "+a.rowid IN (SELECT n.rowid FROM agents n WHERE ",
-        " UNION ALL SELECT n.rowid FROM agents n WHERE ",
-        ")",
-        "n",
-    ];
+    const ALL_FIRST: &'static str = "";
     const WITH_PAIRS: [&'static str; 3] = [
         "INDEXED BY agent_attribute_sets_agents WHERE s.number IN
              (SELECT i.rowid FROM agent_attribute_index i WHERE agent_attribute_index MATCH hex(",
@@ -254,6 +259,10 @@ impl Dialect for Sqlite {
         (
             include_str!("../../migrations/sqlite/0004_attributes.up.sql"),
             include_str!("../../migrations/sqlite/0004_attributes.down.sql"),
+        ),
+        (
+            include_str!("../../migrations/sqlite/0005_search.up.sql"),
+            include_str!("../../migrations/sqlite/0005_search.down.sql"),
         ),
     ];
     const TABLE_EXISTS: &'static str =

@@ -41,7 +41,7 @@ where
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
     query.push("SELECT count(*)");
-    from_matching(query, filter);
+    from_found(query, filter);
 }
 
 /// Adds the query for the next agents that match, by id.
@@ -58,26 +58,78 @@ pub(in crate::store) fn select_agents<D>(
     for<'q> Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
+    let id = if is_search(filter) { "found.id" } else { "a.id" };
+    let page_first = D::PAGE_FIRST || is_search(filter);
     query.push("SELECT ").push(ROW);
-    if D::PAGE_FIRST {
-        query.push(" FROM (SELECT a.id");
-        from_matching(query, filter);
+    if page_first {
+        query.push(" FROM (SELECT ").push(id);
+        from_found(query, filter);
     } else {
         query.push(" FROM agents a").push(LIVENESS).push(CONNECTION).push(" WHERE true");
         narrow(query, filter, true);
     }
     if let Some(after) = page.after {
-        query.push(" AND a.id > ").push_bind(after.as_uuid());
+        query.push(format!(" AND {id} > ")).push_bind(after.as_uuid());
     }
-    query.push(" ORDER BY a.id LIMIT ").push_bind(i64::from(page.limit));
-    if D::PAGE_FIRST {
-        query.push(") page JOIN agents a ON a.id = page.id").push(LIVENESS).push(CONNECTION);
+    query.push(format!(" ORDER BY {id} LIMIT ")).push_bind(i64::from(page.limit));
+    if page_first {
+        query.push(") page").push(D::ROWS_OF_PAGE).push(LIVENESS).push(CONNECTION);
         query.push(" ORDER BY a.id");
     }
 }
 
 /// Adds the agents that match, joined with nothing but what `filter` looks at.
 pub(in crate::store) fn from_matching<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter)
+where
+    D: Dialect,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> bool: Encode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    from_narrowed(query, filter);
+    let ranges = ranges(filter);
+    for (index, range) in ranges.iter().enumerate() {
+        query.push(if index == 0 { " AND (" } else { " OR " });
+        range.push(query);
+    }
+    if !ranges.is_empty() {
+        query.push(")");
+    }
+}
+
+/// Adds the agents that match: of a search their ids only, as `found`. Those come range by range, each without whom an
+/// earlier one has: an index may hold all that a range asks for, and never what an OR of them does.
+fn from_found<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter)
+where
+    D: Dialect,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> bool: Encode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    if !is_search(filter) {
+        return from_matching(query, filter);
+    }
+    let ranges = ranges(filter);
+    for (index, range) in ranges.iter().enumerate() {
+        query.push(if index == 0 { " FROM (SELECT a.id" } else { " UNION ALL SELECT a.id" });
+        from_narrowed(query, filter);
+        query.push(" AND ");
+        range.push(query);
+        for earlier in &ranges[..index] {
+            query.push(" AND ");
+            earlier.push(query);
+            query.push(" IS NOT TRUE");
+        }
+    }
+    query.push(D::ALL_FIRST).push(") found WHERE true");
+}
+
+/// Adds the agents of whom all conditions hold but what is searched for.
+fn from_narrowed<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter)
 where
     D: Dialect,
     for<'q> String: Encode<'q, D> + Type<D>,
@@ -94,7 +146,8 @@ where
     narrow(query, filter, false);
 }
 
-/// Adds the conditions of `filter`; `walked` where the connection is joined and the rows are met one by one.
+/// Adds the conditions of `filter` but what is searched for; `walked` where the connection is joined and the rows are met
+/// one by one.
 fn narrow<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter, walked: bool)
 where
     D: Dialect,
@@ -104,30 +157,33 @@ where
     for<'q> Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
+    // A search chooses the index, which has what else is asked for beside it.
+    let look = if is_search(filter) { D::LOOK_THROUGH } else { "" };
     if let Some(id) = filter.id {
         query.push(" AND a.id = ").push_bind(id.as_uuid());
     }
     if !filter.statuses.is_empty() {
-        let mut list = query.push(" AND a.status IN (").separated(", ");
+        let mut list = query.push(" AND ").push(look).push("a.status IN (").separated(", ");
         for status in &filter.statuses {
             list.push_bind(status.label());
         }
         query.push(")");
     } else if !filter.include_retired {
-        query.push(" AND a.status IN ('online', 'offline', 'error')");
+        query.push(" AND ").push(look).push("a.status IN ('online', 'offline', 'error')");
     }
     if let Some(connected) = filter.connected {
-        query.push(if connected {
-            " AND a.connection_id IS NOT NULL"
+        query.push(" AND ").push(look).push("a.connection_id IS ").push(if connected {
+            "NOT NULL"
         } else {
-            " AND a.connection_id IS NULL"
+            "NULL"
         });
     }
     if let Some(healthy) = filter.healthy {
-        query.push(" AND a.healthy = ").push_bind(healthy);
+        query.push(" AND ").push(look).push("a.healthy = ").push_bind(healthy);
     }
     if let Some(transport) = filter.transport {
-        query.push(" AND a.connection_id IS NOT NULL AND ").push(if walked {
+        query.push(" AND ").push(look).push("a.connection_id IS NOT NULL AND ").push(look);
+        query.push(if walked {
             "(c.transport = "
         } else {
             "a.id IN (SELECT o.agent_id FROM agent_connection_history o WHERE o.disconnected_at IS NULL AND o.transport = "
@@ -141,33 +197,53 @@ where
     if let Some(since) = filter.unseen_since {
         query.push(" AND l.last_seen_at < ").push_bind(since);
     }
-    // Every id begins with nothing.
-    if let Some(prefix) = filter.prefix.as_deref().filter(|prefix| !prefix.is_empty()) {
-        begins_with(query, prefix);
-    }
 }
 
-/// Adds the condition that id, name or host begins with `prefix`, as ranges that indexes serve.
-fn begins_with<D>(query: &mut QueryBuilder<D>, prefix: &str)
-where
-    D: Dialect,
-    for<'q> String: Encode<'q, D> + Type<D>,
-    for<'q> Uuid: Encode<'q, D> + Type<D>,
-{
-    // No character sorts behind the last code point, so that the range holds every text with this prefix.
-    // The database folds the case of both sides, each in its own way.
-    let high = format!("{prefix}\u{10ffff}");
-    let [begin, next, end, table] = D::EITHER;
-    for (opening, column) in [(format!(" AND {begin}"), "name"), (next.to_owned(), "host")] {
-        let column = D::sorted_by_bytes(&format!("lower({table}.{column})"));
-        query.push(format!("{opening}{column} >= lower(")).push_bind(prefix.to_owned());
-        query.push(format!(") AND {column} <= lower(")).push_bind(high.clone()).push(")");
+/// True where agents are searched for; every id begins with nothing.
+fn is_search(filter: &AgentFilter) -> bool {
+    filter.prefix.as_ref().is_some_and(|prefix| !prefix.is_empty())
+}
+
+/// Agents beside each other in one index.
+enum Range<'a> {
+    /// Whose name, or host, begins with a text in any case.
+    Texts { column: &'static str, prefix: &'a str },
+    /// With a uid between these, both included.
+    Uids(Uuid, Uuid),
+}
+
+/// Where whoever is searched for may be: anybody in one of these.
+fn ranges(filter: &AgentFilter) -> Vec<Range<'_>> {
+    let Some(prefix) = filter.prefix.as_deref().filter(|_| is_search(filter)) else {
+        return Vec::new();
+    };
+    let texts = ["name", "host"].map(|column| Range::Texts { column, prefix });
+    let uids = uid_range(&prefix.to_ascii_lowercase()).map(|(low, high)| Range::Uids(low, high));
+    texts.into_iter().chain(uids).collect()
+}
+
+impl Range<'_> {
+    /// Adds the condition that the agent `a` is one of them.
+    fn push<D>(&self, query: &mut QueryBuilder<D>)
+    where
+        D: Dialect,
+        for<'q> String: Encode<'q, D> + Type<D>,
+        for<'q> Uuid: Encode<'q, D> + Type<D>,
+    {
+        match self {
+            Self::Texts { column, prefix } => {
+                // No character sorts behind the last code point, so that the range holds every text with this prefix.
+                // The database folds the case of both sides, each in its own way.
+                let column = D::sorted_by_bytes(&format!("lower(a.{column})"));
+                query.push(format!("({column} >= lower(")).push_bind((*prefix).to_owned());
+                query.push(format!(") AND {column} <= lower(")).push_bind(format!("{prefix}\u{10ffff}"));
+                query.push("))");
+            }
+            Self::Uids(low, high) => {
+                query.push("(a.id >= ").push_bind(*low).push(" AND a.id <= ").push_bind(*high).push(")");
+            }
+        }
     }
-    if let Some((low, high)) = uid_range(&prefix.to_ascii_lowercase()) {
-        query.push(format!("{next}{table}.id >= ")).push_bind(low);
-        query.push(format!(" AND {table}.id <= ")).push_bind(high);
-    }
-    query.push(end);
 }
 
 /// The first and the last uid whose text begins with `prefix`; none where no uid does.

@@ -195,6 +195,93 @@ pub(super) async fn a_prefix_finds_id_name_and_host_in_any_case(store: Arc<dyn S
     assert_eq!(with_prefix(&store, "").await.len(), 4, "everything begins with nothing");
 }
 
+/// Whoever is found by more than one of id, name and host is found once, on one page.
+pub(super) async fn a_search_finds_nobody_twice(store: Arc<dyn Store>) {
+    let both = "0190d3c2-7a10 as a text";
+    named(&store, &[(1, "x", both), (2, both, both), (3, both, "y"), (4, "x", "y")]).await;
+    assert_eq!(with_prefix(&store, both).await, [uid(1), uid(2), uid(3)]);
+    let filter = AgentFilter { prefix: Some("0190d3c2-7a10".to_owned()), ..AgentFilter::default() };
+    assert_eq!(found(&store, filter.clone()).await, [1, 2, 3, 4].map(uid));
+    let mut after = None;
+    for number in 1..=4 {
+        let page =
+            store.list_agents(&filter, PageRequest { after, limit: 1 }).await.expect("the store answers");
+        let ids: Vec<_> = page.items.iter().map(|agent| agent.id).collect();
+        assert_eq!((ids, page.total, page.more), (vec![uid(number)], 4, number < 4));
+        after = Some(uid(number));
+    }
+}
+
+/// A search is narrowed by every other filter, whether the id, the name or the host is what it finds.
+pub(super) async fn a_search_is_narrowed_by_every_filter(store: Arc<dyn Store>) {
+    let node = Node::start(&store, "a", at(0)).await;
+    // Of each three agents one has the text as name, one as host, one as both.
+    let names = [("edge-1", "h"), ("n", "Edge-2"), ("edge-3", "edge-3")];
+    let describe = async |opened: &_, number: u32, healthy: bool| {
+        let (name, host) = names[(number % 3) as usize];
+        let zone = if number < 4 { "eu" } else { "us" };
+        let attributes = [("service.name", name), ("host.name", host), ("zone", zone)];
+        let mut change = node.described(opened, uid(number), at(11), &attributes);
+        change.documents.healthy = Some(healthy);
+        assert!(update(&store, change).await);
+    };
+    for number in 1..=3 {
+        let opened = node.open(uid(number), at(10)).await;
+        describe(&opened, number, true).await;
+    }
+    for number in 4..=6 {
+        let opened = create(&store, node.poll(uid(number), at(10))).await;
+        describe(&opened, number, false).await;
+    }
+    for number in 7..=9 {
+        let opened = node.open(uid(number), at(10)).await;
+        describe(&opened, number, true).await;
+        node.end(&opened, uid(number), CloseReason::AgentDisconnect, at(20)).await;
+    }
+    let outsider = node.open(uid(10), at(10)).await;
+    update(&store, node.described(&outsider, uid(10), at(11), &[("service.name", "core"), ("zone", "eu")]))
+        .await;
+    delete(&store, uid(9), at(30), false).await;
+
+    let all = AgentFilter::default;
+    let cases = [
+        (all(), 1..=8),
+        (AgentFilter { include_retired: true, ..all() }, 1..=9),
+        (AgentFilter { statuses: vec![Status::Offline], ..all() }, 7..=8),
+        (AgentFilter { statuses: vec![Status::Retired], ..all() }, 9..=9),
+        (AgentFilter { connected: Some(true), ..all() }, 1..=6),
+        (AgentFilter { connected: Some(false), ..all() }, 7..=8),
+        (AgentFilter { healthy: Some(false), ..all() }, 4..=6),
+        (AgentFilter { transport: Some(Transport::Http), ..all() }, 4..=6),
+        (AgentFilter { transport: Some(Transport::Websocket), healthy: Some(true), ..all() }, 1..=3),
+        (AgentFilter { attributes: [("zone".to_owned(), "eu".to_owned())].into(), ..all() }, 1..=3),
+        (AgentFilter { unseen_since: Some(at(15)), connected: Some(true), ..all() }, 1..=6),
+        (AgentFilter { id: Some(uid(2)), ..all() }, 2..=2),
+    ];
+    for (filter, numbers) in cases {
+        let filter = AgentFilter { prefix: Some("eDge-".to_owned()), ..filter };
+        let expected: Vec<_> = numbers.map(uid).collect();
+        assert_eq!(found(&store, filter.clone()).await, expected, "{filter:?}");
+    }
+}
+
+/// Nothing an agent may be called is more than an index can hold: 255 characters of four bytes that no compression shortens.
+pub(super) async fn the_longest_names_are_found(store: Arc<dyn Store>) {
+    let mut state = 1_u32;
+    let mut text = || -> String {
+        std::iter::repeat_with(|| {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            char::from_u32(0x2_0000 + (state >> 16) % 0xa000).expect("a code point of the second plane")
+        })
+        .take(255)
+        .collect()
+    };
+    let (name, host) = (text(), text());
+    named(&store, &[(1, &name, &host), (2, "x", "y")]).await;
+    assert_eq!(with_prefix(&store, &name).await, [uid(1)]);
+    assert_eq!(with_prefix(&store, &host[..400]).await, [uid(1)]);
+}
+
 /// A name beyond ASCII is found as it is written.
 pub(super) async fn a_prefix_finds_names_beyond_ascii(store: Arc<dyn Store>) {
     named(&store, &[(1, "Übergang-Öl", "h"), (2, "пограничный", "h2"), (3, "Ubergang", "h3")]).await;
