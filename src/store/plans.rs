@@ -244,7 +244,6 @@ async fn sqlite_scans_no_table() {
                 || step.contains("(rowid<?)")
         };
         if what.contains("prefix: Some") {
-            eprintln!("PLAN {what}: {plan:#?}");
         }
         assert_eq!(plan.iter().find(scans), None, "{what}: {plan:#?}");
         // Whom a text leads to is counted from the index alone, whatever else is asked of them.

@@ -74,7 +74,7 @@ pub(in crate::store) fn select_agents<D>(
     query.push(format!(" ORDER BY {id} LIMIT ")).push_bind(i64::from(page.limit));
     if page_first {
         query.push(") page").push(D::ROWS_OF_PAGE).push(LIVENESS).push(CONNECTION);
-        query.push(" ORDER BY a.id");
+        query.push(" ORDER BY page.id");
     }
 }
 
