@@ -4,7 +4,9 @@
 //! databases' own inverted indexes do it: GIN in Postgres, FTS5 in SQLite, which its triggers keep.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
+use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 use sqlx::types::Json;
 use sqlx::{Encode, Executor, IntoArguments, QueryBuilder, Transaction, Type};
@@ -18,16 +20,25 @@ use crate::incidents::CauseKind;
 pub(super) type Causes = Json<BTreeMap<String, String>>;
 
 /// An attribute as one text, `key=value`. In the key, `%` is `%25` and `=` is `%3D`, so that the first `=` is the border.
-fn pair(key: &str, value: &str) -> String {
-    let mut pair = String::with_capacity(key.len() + 1 + value.len());
-    if key.contains(['%', '=']) {
-        pair.push_str(&key.replace('%', "%25").replace('=', "%3D"));
-    } else {
-        pair.push_str(key);
+struct Pair<'a>(&'a str, &'a str);
+
+impl fmt::Display for Pair<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(key, value) = self;
+        if key.contains(['%', '=']) {
+            f.write_str(&key.replace('%', "%25").replace('=', "%3D"))?;
+        } else {
+            f.write_str(key)?;
+        }
+        f.write_str("=")?;
+        f.write_str(value)
     }
-    pair.push('=');
-    pair.push_str(value);
-    pair
+}
+
+impl Serialize for Pair<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
 }
 
 /// Adds the condition that the agent `a` has these attributes, one at least.
@@ -39,7 +50,7 @@ where
     let [begin, between, end] = D::WITH_PAIRS;
     query.push(D::LOOK_THROUGH).push("a.id IN (SELECT s.agent_id FROM agent_attribute_sets s ");
     for (index, (key, value)) in attributes.iter().enumerate() {
-        query.push(if index == 0 { begin } else { between }).push_bind(pair(key, value));
+        query.push(if index == 0 { begin } else { between }).push_bind(Pair(key, value).to_string());
     }
     query.push(end).push(")");
 }
@@ -49,15 +60,27 @@ pub(super) fn select_causes<D: Dialect>(query: &mut QueryBuilder<D>) {
     query.push("SELECT s.agent_id, s.causes FROM agent_attribute_sets s ").push(D::CAUSES);
 }
 
-/// The attributes of one agent as an element of its batch.
-pub(super) fn attribute_set(agent: InstanceUid, attributes: &Map<String, Value>) -> AttributeSet<'_> {
-    let texts = || attributes.iter().filter_map(|(key, value)| Some((key.as_str(), value.as_str()?)));
-    let causes = texts().filter(|(key, _)| CauseKind::of_attribute(key).is_some()).collect();
-    (agent, causes, texts().map(|(key, value)| pair(key, value)).collect())
+/// The attributes of one agent as an element of its batch, written from where they stand: whose, those that may be causes,
+/// all pairs.
+pub(super) struct AttributeSet<'a> {
+    pub(super) agent: InstanceUid,
+    pub(super) attributes: &'a Map<String, Value>,
 }
 
-/// Whose attributes, those that may be causes, and all pairs.
-pub(super) type AttributeSet<'a> = (InstanceUid, BTreeMap<&'a str, &'a str>, Vec<String>);
+impl AttributeSet<'_> {
+    fn texts(&self) -> impl Iterator<Item = (&str, &str)> {
+        self.attributes.iter().filter_map(|(key, value)| Some((key.as_str(), value.as_str()?)))
+    }
+}
+
+impl Serialize for AttributeSet<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let causes = self.texts().filter(|(key, _)| CauseKind::of_attribute(key).is_some());
+        let causes: BTreeMap<_, _> = causes.collect();
+        let pairs: Vec<_> = self.texts().map(|(key, value)| Pair(key, value)).collect();
+        (self.agent, causes, pairs).serialize(serializer)
+    }
+}
 
 impl<D> SqlStore<D>
 where
@@ -93,6 +116,7 @@ mod tests {
 
     #[test]
     fn no_two_attributes_make_the_same_pair() {
+        let pair = |key, value| Pair(key, value).to_string();
         assert_eq!(pair("zone", "a=b"), "zone=a=b");
         assert_eq!(pair("zone=a", "b"), "zone%3Da=b");
         assert_eq!(pair("zone%3Da", "b"), "zone%253Da=b");

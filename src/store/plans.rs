@@ -243,8 +243,6 @@ async fn sqlite_scans_no_table() {
             step.starts_with("SCAN ") && !step.contains(" USING ") && !short(step) && !matched(step)
                 || step.contains("(rowid<?)")
         };
-        if what.contains("prefix: Some") {
-        }
         assert_eq!(plan.iter().find(scans), None, "{what}: {plan:#?}");
         // Whom a text leads to is counted from the index alone, whatever else is asked of them.
         if what.starts_with("count") && what.contains("prefix: Some") {

@@ -37,7 +37,7 @@ fn change(
 ) -> (Job, oneshot::Receiver<Answered>) {
     let documents = Documents {
         healthy: Some(healthy),
-        custom_capabilities: name.map(|name| json!([name])),
+        custom_capabilities: name.map(|name| json!([name]).into()),
         ..Documents::default()
     };
     let update = AgentUpdate {
@@ -115,7 +115,7 @@ fn a_kept_change_is_answered_merged_and_written_ahead_of_its_agents_end() {
     let [Job { write: Write::UpdateAgent(update), .. }] = batch.as_slice() else { panic!("{batch:?}") };
     assert_eq!(
         (update.documents.healthy, &update.documents.custom_capabilities),
-        (Some(false), &Some(json!(["a"])))
+        (Some(false), &Some(json!(["a"]).into()))
     );
     for job in batch {
         job.waiting.answer(Reply::Written(Written::Agent(true)));

@@ -23,6 +23,7 @@ use super::status_log::log_row;
 use super::{ConnectionRow, HistoryFilter, Page, PageRequest, PolledConnection, StatusChange, Transport};
 use super::{ConnectionStore, StoreError};
 use crate::agent::InstanceUid;
+use crate::agent::document::Document;
 use crate::clock::Moment;
 pub use batch::{
     AgentUpdate, ConnectionEnd, Displaced, Ended, FirstReport, NewConnection, Older, Opened, Rival, Write,
@@ -52,7 +53,7 @@ where
     for<'q> i64: Encode<'q, D> + Decode<'q, D> + Type<D>,
     for<'q> Uuid: Encode<'q, D> + Decode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
-    for<'q> Json<&'q Value>: Encode<'q, D> + Type<D>,
+    for<'q> Json<&'q Document>: Encode<'q, D> + Type<D>,
 {
     async fn write(&self, batch: &[Write]) -> Result<Vec<Written>, StoreError> {
         bounded(self.write_batch(batch)).await
@@ -87,7 +88,7 @@ where
     for<'q> String: Encode<'q, D> + Type<D>,
     for<'q> i64: Encode<'q, D> + Decode<'q, D> + Type<D>,
     for<'q> Uuid: Encode<'q, D> + Decode<'q, D> + Type<D>,
-    for<'q> Json<&'q Value>: Encode<'q, D> + Type<D>,
+    for<'q> Json<&'q Document>: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
     /// Makes sure that the node which writes is not marked as ended, nor will be before the commit.

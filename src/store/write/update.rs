@@ -6,17 +6,16 @@
 use std::collections::HashSet;
 
 use serde::ser::{Serialize, SerializeTuple, Serializer};
-use serde_json::Value;
 use sqlx::types::Json;
 use sqlx::{ColumnIndex, Decode, Encode, Executor, FromRow, IntoArguments, Transaction, Type};
 use uuid::Uuid;
 
 use super::{AgentUpdate, LockedAgent, Newcomer, OpenRow, Seen};
-use crate::agent::document::Documents;
+use crate::agent::document::{Document, Documents};
 use crate::agent::{Capabilities, InstanceUid};
 use crate::clock::Moment;
 use crate::store::StoreError;
-use crate::store::attributes::attribute_set;
+use crate::store::attributes::AttributeSet;
 use crate::store::dialect::{Column, Dialect, SqlStore, batch, failure, rows, sql};
 
 /// Documents with more text than so many bytes go by themselves.
@@ -81,7 +80,7 @@ impl<'a> Reported<'a> {
 /// An inventory that an agent reported.
 pub(super) struct Inventory<'a> {
     hash: &'a str,
-    components: &'a Value,
+    components: &'a Document,
     at: Moment,
 }
 
@@ -103,7 +102,7 @@ enum Whose {
 }
 
 /// The documents of a report, in the order of [`DOCUMENTS`].
-fn documents<'a>(report: &Reported<'a>) -> [Option<&'a Value>; DOCUMENTS.len()] {
+fn documents<'a>(report: &Reported<'a>) -> [Option<&'a Document>; DOCUMENTS.len()] {
     let documents = report.documents;
     [
         documents.description.as_ref().map(|described| &described.document),
@@ -117,27 +116,15 @@ fn documents<'a>(report: &Reported<'a>) -> [Option<&'a Value>; DOCUMENTS.len()] 
 }
 
 /// True where a document has more text than [`BULKY`].
-fn is_bulky(document: &Value) -> bool {
-    text_left(document, BULKY).is_none()
-}
-
-/// What is left of `left` bytes after the texts of `document`; none where they are more.
-fn text_left(document: &Value, left: usize) -> Option<usize> {
-    match document {
-        Value::Null | Value::Bool(_) | Value::Number(_) => left.checked_sub(1),
-        Value::String(text) => left.checked_sub(text.len()),
-        Value::Array(list) => list.iter().try_fold(left, |left, item| text_left(item, left)),
-        Value::Object(members) => {
-            members.iter().try_fold(left, |left, (name, item)| text_left(item, left.checked_sub(name.len())?))
-        }
-    }
+fn is_bulky(document: &Document) -> bool {
+    document.text().len() > BULKY
 }
 
 /// A report as an element of its batch, in the order of [`UPDATE_COLUMNS`], written from where it stands.
 struct UpdateRow<'a> {
     report: &'a Reported<'a>,
     /// The documents that go with the batch.
-    documents: [Option<&'a Value>; DOCUMENTS.len()],
+    documents: [Option<&'a Document>; DOCUMENTS.len()],
 }
 
 impl Serialize for UpdateRow<'_> {
@@ -202,7 +189,7 @@ where
     for<'q> String: Encode<'q, D> + Type<D>,
     for<'q> i64: Encode<'q, D> + Decode<'q, D> + Type<D>,
     for<'q> Uuid: Encode<'q, D> + Decode<'q, D> + Type<D>,
-    for<'q> Json<&'q Value>: Encode<'q, D> + Type<D>,
+    for<'q> Json<&'q Document>: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
     /// Stores what agents reported whose connections hold the fences; answers whose report was stored.
@@ -287,10 +274,13 @@ where
 
     /// Stores what stands beside the rows of agents that this transaction holds: attributes, bulky documents.
     async fn store_beside(tx: &mut Transaction<'_, D>, reports: &[Reported<'_>]) -> Result<(), StoreError> {
-        let described = reports.iter().filter_map(|report| {
-            report.documents.description.as_ref().map(|described| (report.agent, &described.attributes))
-        });
-        let sets: Vec<_> = described.map(|(agent, attributes)| attribute_set(agent, attributes)).collect();
+        let sets: Vec<_> = reports
+            .iter()
+            .filter_map(|report| {
+                let described = report.documents.description.as_ref()?;
+                Some(AttributeSet { agent: report.agent, attributes: &described.attributes })
+            })
+            .collect();
         Self::replace_attributes(tx, &sets).await?;
         for report in reports {
             Self::store_bulky(tx, report).await?;
@@ -333,20 +323,5 @@ where
             .map_err(failure::<D>)?;
         }
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    #[test]
-    fn a_document_is_bulky_by_all_its_text() {
-        assert!(!is_bulky(&json!({ "body": "x".repeat(BULKY - 4) })));
-        assert!(is_bulky(&json!({ "body": "x".repeat(BULKY - 3) })));
-        assert!(is_bulky(&json!(["x".repeat(BULKY / 2), { "b": "x".repeat(BULKY / 2) }])));
-        assert!(is_bulky(&json!(vec![0; BULKY + 1])));
     }
 }

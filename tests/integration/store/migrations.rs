@@ -30,7 +30,7 @@ async fn inhabit(database: &Database) {
     let opened = node.open(uid(2), at(13)).await;
     let mut change = node.described(&opened, uid(2), at(14), &[("service.name", "edge")]);
     change.documents.components_hash = Some("aa".to_owned());
-    change.documents.components = Some(json!({ "receivers": {} }));
+    change.documents.components = Some(json!({ "receivers": {} }).into());
     assert!(update(&store, change).await);
     let seen = Sighting {
         agent: uid(2),

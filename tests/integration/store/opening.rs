@@ -13,8 +13,8 @@ use serde_json::json;
 
 use super::lists::found_by;
 use super::scene::{
-    Node, assert_true_history, at, create, delete, end, history, only_row, opened, row, status_log, uid,
-    update, write_one,
+    Node, assert_true_history, at, create, delete, end, history, only_row, opened, row, shown, status_log,
+    uid, update, write_one,
 };
 use super::updating::detail;
 use crate::harness::Database;
@@ -61,13 +61,10 @@ pub(super) async fn a_new_agent_s_first_report_is_stored_with_its_connection(dat
     assert_eq!((opened.stored, other.stored), (true, false));
     assert_eq!(opened.agent, KnownAgent::default(), "what was known of it before");
     let stored = detail(&store, 1).await;
-    let documents = &reported.documents;
-    assert_eq!(
-        stored.description,
-        documents.description.as_ref().map(|described| described.document.clone())
-    );
-    assert_eq!(stored.effective_config, documents.effective_config, "a bulky one");
-    assert_eq!(stored.components, documents.components);
+    let documents = reported.documents.clone();
+    assert_eq!(stored.description, shown(documents.description.map(|described| described.document)));
+    assert_eq!(stored.effective_config, shown(documents.effective_config), "a bulky one");
+    assert_eq!(stored.components, shown(documents.components));
     assert_eq!((stored.row.name.as_deref(), stored.capabilities), (Some("edge"), 7));
     assert_eq!((stored.row.status, stored.row.status_since), (Status::Online, at(5)));
     assert_eq!(
@@ -115,7 +112,7 @@ pub(super) async fn a_batch_holds_first_reports_beside_all_other_writes(store: A
     let polled = create(&store, node.poll(uid(3), at(1))).await;
     let mut change = node.described(&holder, uid(1), at(5), &[("service.name", "changed")]);
     change.documents.components_hash = Some("cc".to_owned());
-    change.documents.components = Some(json!({ "receivers": {} }));
+    change.documents.components = Some(json!({ "receivers": {} }).into());
     let with_report = |mut new: NewConnection, number: Option<u64>| {
         let mut report =
             node.reporting(new.agent, new.at).first_report.as_deref().cloned().expect("it reports");
@@ -176,7 +173,7 @@ pub(super) async fn a_known_agent_keeps_number_parts_and_capabilities(store: Arc
     let mut change = node.report(&first, uid(1), at(2));
     change.sequence_num = Some(41);
     change.capabilities = Capabilities(0x8000_0000_0000_1807);
-    change.documents.health = Some(json!({ "healthy": true }));
+    change.documents.health = Some(json!({ "healthy": true }).into());
     change.documents.components_hash = Some("ab".to_owned());
     assert!(update(&store, change).await);
     let mut leaves = node.end_of(&first, uid(1), CloseReason::ClosedByAgent, at(3));

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::Duration;
 
-use opamp_server::agent::document::{Described, Documents};
+use opamp_server::agent::document::{Described, Document, Documents};
 use opamp_server::agent::{Capabilities, InstanceUid};
 use opamp_server::clock::Moment;
 use opamp_server::close::{Cause, CloseReason};
@@ -93,11 +93,11 @@ impl Node {
     pub(crate) fn reporting(&self, agent: InstanceUid, at: Moment) -> NewConnection {
         let documents = Documents {
             description: Some(description(&[("service.name", "edge"), ("zone", "eu")])),
-            health: Some(json!({ "healthy": true })),
+            health: Some(json!({ "healthy": true }).into()),
             healthy: Some(true),
-            effective_config: Some(json!({ "": { "body": "x".repeat(80_000), "content_type": "" } })),
+            effective_config: Some(json!({ "": { "body": "x".repeat(80_000), "content_type": "" } }).into()),
             components_hash: Some("cc".to_owned()),
-            components: Some(json!({ "receivers": {} })),
+            components: Some(json!({ "receivers": {} }).into()),
             ..Documents::default()
         };
         let report = FirstReport { sequence_num: Some(0), capabilities: Capabilities(7), documents };
@@ -194,7 +194,7 @@ pub(crate) fn description(attributes: &[(&str, &str)]) -> Described {
         attributes.iter().map(|(key, value)| ((*key).to_owned(), Value::from(*value))).collect();
     let text = |key: &str| attributes.get(key).and_then(Value::as_str).map(str::to_owned);
     Described {
-        document: json!({ "identifying_attributes": attributes, "non_identifying_attributes": {} }),
+        document: json!({ "identifying_attributes": attributes, "non_identifying_attributes": {} }).into(),
         name: text("service.name"),
         host: text("host.name"),
         groups: json!([]),
@@ -202,6 +202,11 @@ pub(crate) fn description(attributes: &[(&str, &str)]) -> Described {
         clients_count: 0,
         attributes,
     }
+}
+
+/// A document as readers see it.
+pub(crate) fn shown(document: Option<Document>) -> Option<Value> {
+    document.map(|document| serde_json::to_value(document).expect("a document is JSON"))
 }
 
 /// Writes one thing.

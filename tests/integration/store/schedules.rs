@@ -10,8 +10,9 @@ use opamp_server::store::{NewConnection, Opened, Sighting, Status, Store, Transp
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestCaseError, TestRunner};
+use serde_json::Value;
 
-use super::scene::{Node, at, create, end, fault_of, history, new_node, row, status_log, update};
+use super::scene::{Node, at, create, end, fault_of, history, new_node, row, shown, status_log, update};
 use crate::harness::{Database, Kind, Raw};
 
 /// One event of a schedule; numbers choose among what there is at that moment.
@@ -193,14 +194,17 @@ impl World {
         let attributes = [("service.name", "edge"), (number.as_str(), "x")];
         let mut change = self.nodes[0].described(held, self.agent, at(self.now), &attributes);
         change.sequence_num = (self.now % 2 == 0).then(|| self.now.unsigned_abs());
-        change.documents.health = Some(self.now.into());
+        change.documents.health = Some(Value::from(self.now).into());
         let stored = update(&self.store, change.clone()).await;
         prop_assert_eq!(stored, fence == Some(held.connection_id));
         if stored {
             let kept = self.store.get_agent(self.agent).await.expect("the store answers");
             let kept = kept.expect("the agent is on record");
             let described = change.documents.description.map(|described| described.document);
-            prop_assert_eq!((kept.description, kept.health), (described, change.documents.health));
+            prop_assert_eq!(
+                (kept.description, kept.health),
+                (shown(described), shown(change.documents.health))
+            );
             prop_assert_eq!(kept.sequence_num, change.sequence_num.map(u64::cast_signed));
             let agent = self.raw.literal(self.agent);
             let keys = format!("SELECT key FROM agent_attributes WHERE agent_id = {agent} ORDER BY key");

@@ -178,7 +178,7 @@ impl Agent {
         for ((part, document), mark) in parts.into_iter().zip(&mut self.marks) {
             if let Some(document) = document {
                 self.parts = self.parts.with(part);
-                *mark = mark_in(&document.to_string());
+                *mark = mark_in(document.text());
             }
         }
         if let Some(described) = described {
