@@ -22,7 +22,7 @@ const PIECE: u64 = 4 << 10;
 const STRIDE: u32 = 16;
 
 /// What a byte of a message takes at most while it is stored, as measured: the message, its document, the batch that
-/// carries it and the database's own copies. Text that JSON must escape takes more.
+/// carries it and the database's own copies. Text that JSON must escape is counted once more when its document is made.
 const PER_BYTE: u64 = 8;
 
 /// What every message takes beside: the report and its documents as they stand, its job, its row in the batch.

@@ -59,11 +59,16 @@ impl Inbound {
 
     /// The documents of these parts, which are taken out of the report.
     pub(super) async fn documents(&mut self, parts: PartSet) -> Documents {
-        match self.prepared.take() {
+        if let Some(report) = self.prepared.take() {
             // All parts that came: those that are known are stored once more as they are.
-            Some(report) => Arc::unwrap_or_clone(report).documents,
-            None => self.work(move |report| Documents::take(report, parts)).await,
+            return Arc::unwrap_or_clone(report).documents;
         }
+        let documents = self.work(move |report| Documents::take(report, parts)).await;
+        if let Some(share) = &mut self.share {
+            // Text that JSON must escape is longer than what came.
+            share.cover_message(documents.size(), 0).await;
+        }
+        documents
     }
 
     /// Works on the report: aside where it is large.

@@ -203,6 +203,11 @@ impl Dialect for Postgres {
         let code = error.code().unwrap_or_default();
         match code.as_ref() {
             "40001" | "40P01" => StoreError::Conflict,
+            // Only migrations limit how long they wait for a lock.
+            "55P03" => StoreError::Schema(format!(
+                "{}: a migration needs a table that somebody reads for long, a backup perhaps: try again when they are done",
+                error.message()
+            )),
             "2BP01" => StoreError::Schema(format!(
                 "{}: drop what was built on it, migrate, and build it again",
                 error.message()
@@ -409,7 +414,7 @@ where
 
 /// A batch as the one parameter of its statement.
 pub(super) fn batch<R: Serialize>(rows: &[R]) -> String {
-    // Rows have no maps but those of documents, whose keys are texts: nothing else makes this fail.
+    // Every map here has texts as keys, and documents are JSON already: nothing else makes this fail.
     serde_json::to_string(rows).unwrap_or_default()
 }
 

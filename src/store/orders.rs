@@ -147,6 +147,21 @@ where
     query.push_bind(node);
 }
 
+/// Adds the query that locks the next agents that match, in the order of every writer.
+pub(super) fn select_to_lock<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter, after: Option<InstanceUid>)
+where
+    D: Dialect,
+    for<'q> String: Encode<'q, D> + Type<D>,
+    for<'q> &'q str: Encode<'q, D> + Type<D>,
+    for<'q> bool: Encode<'q, D> + Type<D>,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+    for<'q> Moment: Encode<'q, D> + Type<D>,
+{
+    query.push("SELECT a.id");
+    from_matching(query, filter, after);
+    query.push(format!(" ORDER BY a.id LIMIT {DELETES_PER_COMMIT} {}", D::LOCK_AGENTS));
+}
+
 /// What a batch of a deletion does to whom.
 #[derive(Default)]
 struct Plan {
@@ -303,12 +318,8 @@ where
         deletion: &Deletion,
         after: Option<InstanceUid>,
     ) -> Result<Vec<InstanceUid>, StoreError> {
-        let mut query = QueryBuilder::<D>::new("SELECT a.id");
-        from_matching(&mut query, &deletion.filter);
-        if let Some(after) = after {
-            query.push(" AND a.id > ").push_bind(after.as_uuid());
-        }
-        query.push(format!(" ORDER BY a.id LIMIT {DELETES_PER_COMMIT} {}", D::LOCK_AGENTS));
+        let mut query = QueryBuilder::<D>::new("");
+        select_to_lock(&mut query, &deletion.filter, after);
         let found: Vec<Uuid> = query.build_query_scalar().fetch_all(&mut **tx).await.map_err(failure::<D>)?;
         Ok(found.into_iter().map(InstanceUid::from).collect())
     }

@@ -20,7 +20,7 @@ use crate::proto::{
 };
 
 /// Text both databases take: NUL becomes U+FFFD.
-#[derive(Serialize, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Serialize)]
 #[serde(transparent)]
 pub(super) struct Clean<'a>(Cow<'a, str>);
 
@@ -34,21 +34,30 @@ fn clean(text: &str) -> Cow<'_, str> {
     if text.contains('\0') { text.replace('\0', "\u{fffd}").into() } else { text.into() }
 }
 
+/// The name by which the reader of JSON knows a text that it must not read; as a name that an agent chose it would make
+/// of its object whatever JSON it holds, or nothing that can be read.
+const UNREAD: &str = "$serde_json::private::RawValue";
+
+/// A name that an agent chose.
+fn name(text: &str) -> Cow<'_, str> {
+    if text == UNREAD { format!("{text}\u{fffd}").into() } else { clean(text) }
+}
+
 /// An object whose names agents choose.
-type Named<'a, T> = BTreeMap<Clean<'a>, T>;
+type Named<'a, T> = BTreeMap<Cow<'a, str>, T>;
 
 fn named<'a, M, T: From<&'a M>>(map: &'a BTreeMap<String, M>) -> Named<'a, T> {
-    map.iter().map(|(name, member)| (name.as_str().into(), member.into())).collect()
+    map.iter().map(|(text, member)| (name(text), member.into())).collect()
 }
 
 /// Attributes by key; the last one counts where a key is repeated.
 #[derive(Serialize)]
 #[serde(transparent)]
-pub(super) struct Attributes<'a>(BTreeMap<Cow<'a, str>, Attribute<'a>>);
+pub(super) struct Attributes<'a>(Named<'a, Attribute<'a>>);
 
 impl<'a> From<&'a [KeyValue]> for Attributes<'a> {
     fn from(list: &'a [KeyValue]) -> Self {
-        Self(list.iter().map(|pair| (clean(&pair.key), Attribute::from(pair.value.as_ref()))).collect())
+        Self(list.iter().map(|pair| (name(&pair.key), Attribute::from(pair.value.as_ref()))).collect())
     }
 }
 

@@ -141,6 +141,8 @@ impl Documents {
     /// How many bytes of text they hold.
     #[must_use]
     pub fn size(&self) -> usize {
+        let attributes = self.description.iter().flat_map(|described| &described.attributes);
+        let indexed = attributes.map(|(key, value)| key.len() + value.as_str().map_or(0, str::len));
         let documents = [
             self.description.as_ref().map(|described| &described.document),
             self.health.as_ref(),
@@ -151,7 +153,7 @@ impl Documents {
             self.components.as_ref(),
             self.connection_settings_status.as_ref(),
         ];
-        documents.into_iter().flatten().map(|document| document.text().len()).sum()
+        documents.into_iter().flatten().map(|document| document.text().len()).chain(indexed).sum()
     }
 
     /// These documents and, where they say something, the `newer` ones of the same agent.
@@ -330,13 +332,64 @@ mod tests {
         assert_eq!((documents.components_hash.as_deref(), documents.components), (Some("ab"), None));
     }
 
+    #[test]
+    fn no_name_that_an_agent_chooses_changes_how_its_object_is_read() {
+        let odd = "$serde_json::private::RawValue";
+        let file = AgentConfigFile { body: b"{\"a\":1}".to_vec(), content_type: String::new() };
+        let mut report = AgentToServer {
+            agent_description: Some(AgentDescription {
+                identifying_attributes: vec![text(odd, "{\"a\":1}")],
+                non_identifying_attributes: Vec::new(),
+            }),
+            health: Some(ComponentHealth { attributes: vec![text(odd, "x")], ..ComponentHealth::default() }),
+            effective_config: Some(EffectiveConfig {
+                config_map: Some(AgentConfigMap { config_map: [(odd.to_owned(), file)].into() }),
+            }),
+            ..AgentToServer::default()
+        };
+        let documents = Documents::take(&mut report, PartSet::of(Part::ALL));
+        let described = value(&documents.description.unwrap().document);
+        let shown = format!("{odd}\u{fffd}");
+        assert_eq!(described["identifying_attributes"], json!({ &shown: "{\"a\":1}" }));
+        assert_eq!(value(&documents.health.unwrap())["attributes"], json!({ &shown: "x" }));
+        assert_eq!(value(&documents.effective_config.unwrap())[&shown]["body"], json!("{\"a\":1}"));
+    }
+
+    /// True where a text, or a name, has a NUL.
+    fn has_nul(value: &Value) -> bool {
+        match value {
+            Value::String(text) => text.contains('\0'),
+            Value::Array(list) => list.iter().any(has_nul),
+            Value::Object(members) => {
+                members.iter().any(|(name, member)| name.contains('\0') || has_nul(member))
+            }
+            Value::Null | Value::Bool(_) | Value::Number(_) => false,
+        }
+    }
+
     proptest! {
         #[test]
         fn any_report_becomes_documents_without_nul(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
             if let Ok(mut report) = AgentToServer::decode(bytes.as_slice()) {
                 let documents = Documents::take(&mut report, PartSet::of(Part::ALL));
-                let text = format!("{documents:?}");
-                prop_assert!(!text.contains("\\u0000"), "{text}");
+                let described = documents.description.as_ref();
+                if let Some(described) = described {
+                    let derived = json!([described.name, described.host, described.groups, described.attributes]);
+                    prop_assert!(!has_nul(&derived), "{derived}");
+                }
+                let documents = [
+                    described.map(|described| &described.document),
+                    documents.health.as_ref(),
+                    documents.effective_config.as_ref(),
+                    documents.remote_config_status.as_ref(),
+                    documents.package_statuses.as_ref(),
+                    documents.custom_capabilities.as_ref(),
+                    documents.components.as_ref(),
+                    documents.connection_settings_status.as_ref(),
+                ];
+                for document in documents.into_iter().flatten() {
+                    prop_assert!(!has_nul(&value(document)), "{document:?}");
+                }
             }
         }
     }

@@ -41,7 +41,7 @@ where
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
     query.push("SELECT count(*)");
-    from_found(query, filter);
+    from_found(query, filter, None);
 }
 
 /// Adds the query for the next agents that match, by id.
@@ -58,18 +58,16 @@ pub(in crate::store) fn select_agents<D>(
     for<'q> Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    let id = if is_search(filter) { "found.id" } else { "a.id" };
-    let page_first = D::PAGE_FIRST || is_search(filter);
     query.push("SELECT ").push(ROW);
+    let page_first = D::PAGE_FIRST || is_search(filter);
+    let id = if is_search(filter) { "found.id" } else { "a.id" };
     if page_first {
         query.push(" FROM (SELECT ").push(id);
-        from_found(query, filter);
+        from_found(query, filter, page.after);
     } else {
         query.push(" FROM agents a").push(LIVENESS).push(CONNECTION).push(" WHERE true");
-        narrow(query, filter, true);
-    }
-    if let Some(after) = page.after {
-        query.push(format!(" AND {id} > ")).push_bind(after.as_uuid());
+        narrow(query, filter, "", true);
+        push_after(query, id, page.after);
     }
     query.push(format!(" ORDER BY {id} LIMIT ")).push_bind(i64::from(page.limit));
     if page_first {
@@ -78,9 +76,12 @@ pub(in crate::store) fn select_agents<D>(
     }
 }
 
-/// Adds the agents that match, joined with nothing but what `filter` looks at.
-pub(in crate::store) fn from_matching<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter)
-where
+/// Adds the agents that match and follow `after`, joined with nothing but what `filter` looks at.
+pub(in crate::store) fn from_matching<D>(
+    query: &mut QueryBuilder<D>,
+    filter: &AgentFilter,
+    after: Option<InstanceUid>,
+) where
     D: Dialect,
     for<'q> String: Encode<'q, D> + Type<D>,
     for<'q> &'q str: Encode<'q, D> + Type<D>,
@@ -88,8 +89,10 @@ where
     for<'q> Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    from_narrowed(query, filter);
     let ranges = ranges(filter);
+    // A search chooses the indexes, each of its ranges one.
+    let look = if ranges.is_empty() { "" } else { D::LOOK_THROUGH };
+    from_narrowed(query, filter, look);
     for (index, range) in ranges.iter().enumerate() {
         query.push(if index == 0 { " AND (" } else { " OR " });
         range.push(query);
@@ -97,11 +100,12 @@ where
     if !ranges.is_empty() {
         query.push(")");
     }
+    push_after(query, &format!("{look}a.id"), after);
 }
 
-/// Adds the agents that match: of a search their ids only, as `found`. Those come range by range, each without whom an
-/// earlier one has: an index may hold all that a range asks for, and never what an OR of them does.
-fn from_found<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter)
+/// Adds the agents that match and follow `after`: of a search their ids only, as `found`. Those come range by range, each
+/// without whom an earlier one has, so that an index holds all that a range asks for.
+fn from_found<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter, after: Option<InstanceUid>)
 where
     D: Dialect,
     for<'q> String: Encode<'q, D> + Type<D>,
@@ -111,12 +115,12 @@ where
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
     if !is_search(filter) {
-        return from_matching(query, filter);
+        return from_matching(query, filter, after);
     }
     let ranges = ranges(filter);
     for (index, range) in ranges.iter().enumerate() {
         query.push(if index == 0 { " FROM (SELECT a.id" } else { " UNION ALL SELECT a.id" });
-        from_narrowed(query, filter);
+        from_narrowed(query, filter, range.look::<D>());
         query.push(" AND ");
         range.push(query);
         for earlier in &ranges[..index] {
@@ -126,10 +130,22 @@ where
         }
     }
     query.push(D::ALL_FIRST).push(") found WHERE true");
+    push_after(query, "found.id", after);
+}
+
+/// Adds the condition that `id` follows `after`.
+fn push_after<D>(query: &mut QueryBuilder<D>, id: &str, after: Option<InstanceUid>)
+where
+    D: Dialect,
+    for<'q> Uuid: Encode<'q, D> + Type<D>,
+{
+    if let Some(after) = after {
+        query.push(format!(" AND {id} > ")).push_bind(after.as_uuid());
+    }
 }
 
 /// Adds the agents of whom all conditions hold but what is searched for.
-fn from_narrowed<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter)
+fn from_narrowed<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter, look: &str)
 where
     D: Dialect,
     for<'q> String: Encode<'q, D> + Type<D>,
@@ -143,12 +159,12 @@ where
         query.push(LIVENESS);
     }
     query.push(" WHERE true");
-    narrow(query, filter, false);
+    narrow(query, filter, look, false);
 }
 
-/// Adds the conditions of `filter` but what is searched for; `walked` where the connection is joined and the rows are met
-/// one by one.
-fn narrow<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter, walked: bool)
+/// Adds the conditions of `filter` but what is searched for, with `look` before the columns that must not choose the index;
+/// `walked` where the connection is joined and the rows are met one by one.
+fn narrow<D>(query: &mut QueryBuilder<D>, filter: &AgentFilter, look: &str, walked: bool)
 where
     D: Dialect,
     for<'q> String: Encode<'q, D> + Type<D>,
@@ -157,8 +173,6 @@ where
     for<'q> Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    // A search chooses the index, which has what else is asked for beside it.
-    let look = if is_search(filter) { D::LOOK_THROUGH } else { "" };
     if let Some(id) = filter.id {
         query.push(" AND a.id = ").push_bind(id.as_uuid());
     }
@@ -217,12 +231,20 @@ fn ranges(filter: &AgentFilter) -> Vec<Range<'_>> {
     let Some(prefix) = filter.prefix.as_deref().filter(|_| is_search(filter)) else {
         return Vec::new();
     };
-    let texts = ["name", "host"].map(|column| Range::Texts { column, prefix });
+    // Both other indexes hold the uid, so that it comes first: it is what they can leave out.
     let uids = uid_range(&prefix.to_ascii_lowercase()).map(|(low, high)| Range::Uids(low, high));
-    texts.into_iter().chain(uids).collect()
+    uids.into_iter().chain(["name", "host"].map(|column| Range::Texts { column, prefix })).collect()
 }
 
 impl Range<'_> {
+    /// What stands before the columns of all other conditions: uids are in every index, beside the status at best.
+    fn look<D: Dialect>(&self) -> &'static str {
+        match self {
+            Self::Texts { .. } => D::LOOK_THROUGH,
+            Self::Uids(..) => "",
+        }
+    }
+
     /// Adds the condition that the agent `a` is one of them.
     fn push<D>(&self, query: &mut QueryBuilder<D>)
     where

@@ -236,7 +236,7 @@ where
         push_status(query, "a", at);
         query.push(" AS status");
     }
-    from_matching(query, &named);
+    from_matching(query, &named, None);
     // In the order in which both indexes of the past have them: each page of those is read once.
     query.push(" ORDER BY a.id)");
     if by_state {

@@ -325,3 +325,17 @@ where
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+
+    #[test]
+    fn a_document_is_bulky_by_its_text() {
+        let of = |length: usize| Document::from(Value::from("x".repeat(length)));
+        assert!(!is_bulky(&of(BULKY - 2)), "two quotes make it whole");
+        assert!(is_bulky(&of(BULKY - 1)));
+    }
+}

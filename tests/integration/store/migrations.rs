@@ -146,6 +146,30 @@ pub(super) async fn stores_that_start_together_migrate_once(database: &Database)
     );
 }
 
+/// A migration that needs a table for itself does not have a whole fleet wait behind somebody who reads for long.
+pub(super) async fn a_long_reader_holds_up_no_fleet(database: &Database) {
+    database.open().await.close().await;
+    let migrations = store::migrations(database.url(), true).await.expect("the database answers");
+    let state = migrations.down().await.expect("it goes down");
+    let read = "SELECT count(*) FROM agents";
+    match database.raw().await {
+        // There readers hold up nobody.
+        Raw::Sqlite(pool) => {
+            let mut reader = pool.begin().await.expect("it begins");
+            sqlx::query(read).execute(&mut *reader).await.expect("it reads");
+            assert_eq!(migrations.up().await.map(|state| state.pending()), Ok(0));
+        }
+        Raw::Postgres(pool) => {
+            let mut reader = pool.begin().await.expect("it begins");
+            sqlx::query(read).execute(&mut *reader).await.expect("it reads");
+            is_schema(migrations.up().await, "somebody reads for long");
+            assert_eq!(migrations.state().await, Ok(state), "nothing was done");
+            drop(reader);
+            assert_eq!(migrations.up().await.map(|state| state.pending()), Ok(0));
+        }
+    }
+}
+
 /// What an older binary deleted is not on record: the oldest end that is left bounds what can be said.
 pub(super) async fn an_upgrade_takes_the_oldest_end_for_the_horizon(database: &Database) {
     let store = database.open().await;

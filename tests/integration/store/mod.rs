@@ -204,6 +204,7 @@ conformance! {
         an_unknown_breaking_migration_is_refused(database),
         an_unknown_migration_that_breaks_nothing_is_tolerated(database),
         stores_that_start_together_migrate_once(database),
+        a_long_reader_holds_up_no_fleet(database),
         an_upgrade_takes_the_oldest_end_for_the_horizon(database),
         attributes_outlive_migrations_in_both_directions(database),
     }
