@@ -15,6 +15,7 @@ use super::error::{ApiError, BadRequest, Refusals, UnknownAgent};
 use super::mask::mask_value;
 use super::page::{AgentPageQuery, Params};
 use super::past::{self, AsOfQuery, PastCounts, PastItem, PastStatus, read_as_of};
+use crate::agent::document::Document;
 use crate::agent::{Capabilities, InstanceUid};
 use crate::clock::Moment;
 use crate::store::{AgentDetail, AgentFilter, AgentRow, AgentSummary, ConnectionRow, Status, Transport};
@@ -59,7 +60,7 @@ pub(super) struct AgentItem {
     remote_addr: Option<String>,
     /// The groups it says it belongs to.
     #[schema(value_type = Vec<String>)]
-    groups: Value,
+    groups: Document,
     /// Its attribute `clients_count`, else 0.
     clients_count: i32,
     /// Hex hash of the last remote config it reported as applied.

@@ -6,7 +6,6 @@ use axum::extract::State;
 use axum::http::{HeaderValue, header};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
-use serde_json::Value;
 use utoipa::ToSchema;
 
 use super::ApiState;
@@ -14,6 +13,7 @@ use super::error::{ApiError, BadRequest, Refusals};
 use super::page::Params;
 use super::stream::{BATCH, Batch, Source, stream_all};
 use crate::agent::InstanceUid;
+use crate::agent::document::Document;
 use crate::clock::Moment;
 use crate::store::{AgentFilter, AgentRow, PageRequest, Status, Store, StoreError};
 
@@ -31,7 +31,7 @@ pub(super) struct NodeItem<'a> {
     name: Option<&'a str>,
     /// The groups it says it belongs to.
     #[schema(value_type = Vec<String>)]
-    groups: &'a Value,
+    groups: &'a Document,
     /// What it says of its health; null until it says so.
     healthy: Option<bool>,
     /// The verdict.

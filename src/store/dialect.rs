@@ -86,6 +86,8 @@ pub(super) trait Dialect: Database {
     const TABLE_EXISTS: &'static str;
     /// Two migrating processes wait for each other here.
     const LOCK_MIGRATIONS: &'static str;
+    /// The code of the error that a lock was not had in time; none where nothing limits that.
+    const LOCK_TIMED_OUT: Option<&'static str>;
 
     /// One element of a batch, `value`, as this column.
     fn element(index: usize, column: Column) -> String;
@@ -167,6 +169,7 @@ impl Dialect for Postgres {
         "SELECT count(*) FROM pg_tables WHERE schemaname = current_schema() AND tablename = $1";
     const LOCK_MIGRATIONS: &'static str =
         "SELECT pg_advisory_xact_lock(hashtextextended('opamp-server migrations', 0))";
+    const LOCK_TIMED_OUT: Option<&'static str> = Some("55P03");
     const ELEMENTS: &'static str = "jsonb_array_elements($1::jsonb)";
 
     fn element(index: usize, column: Column) -> String {
@@ -203,11 +206,6 @@ impl Dialect for Postgres {
         let code = error.code().unwrap_or_default();
         match code.as_ref() {
             "40001" | "40P01" => StoreError::Conflict,
-            // Only migrations limit how long they wait for a lock.
-            "55P03" => StoreError::Schema(format!(
-                "{}: a migration needs a table that somebody reads for long, a backup perhaps: try again when they are done",
-                error.message()
-            )),
             "2BP01" => StoreError::Schema(format!(
                 "{}: drop what was built on it, migrate, and build it again",
                 error.message()
@@ -273,6 +271,7 @@ impl Dialect for Sqlite {
     const TABLE_EXISTS: &'static str =
         "SELECT count(*) FROM sqlite_master WHERE type = 'table' AND name = $1";
     const LOCK_MIGRATIONS: &'static str = "SELECT 1";
+    const LOCK_TIMED_OUT: Option<&'static str> = None;
     // Elements that are arrays come parsed: each of their columns would read the whole text of its row again.
     const ELEMENTS: &'static str = "jsonb_each($1)";
 

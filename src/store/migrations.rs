@@ -73,6 +73,18 @@ pub trait Migrations: Send + Sync {
     async fn down(&self) -> Result<MigrationState, StoreError>;
 }
 
+/// What a failure of a migration's script means to whoever starts it.
+fn not_migrated<D: Dialect>(error: sqlx::Error) -> StoreError {
+    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
+    if code.is_some() && code.as_deref() == D::LOCK_TIMED_OUT {
+        return StoreError::Schema(
+            "a migration needs a table that somebody reads for long, a backup perhaps: try again when they are done"
+                .to_owned(),
+        );
+    }
+    failure::<D>(error)
+}
+
 #[async_trait]
 impl<D> Migrations for SqlStore<D>
 where
@@ -145,7 +157,7 @@ where
         let state = Self::read_state(&mut tx).await?;
         state.refuse_unknown()?;
         for script in choose(&state) {
-            sqlx::raw_sql(script).execute(&mut *tx).await.map_err(failure::<D>)?;
+            sqlx::raw_sql(script).execute(&mut *tx).await.map_err(not_migrated::<D>)?;
         }
         let state = Self::read_state(&mut tx).await?;
         tx.commit().await.map_err(failure::<D>)?;

@@ -7,7 +7,7 @@
 
 mod forms;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value};
 
@@ -25,7 +25,7 @@ pub const INDEXED_LENGTH: usize = 255;
 pub const INDEXED_ATTRIBUTES: usize = 256;
 
 /// A document: the text of its JSON.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Document(Box<RawValue>);
 

@@ -19,6 +19,7 @@ use super::status_log::{Transition, log_row};
 use super::write::stored_number;
 use super::{AgentStore, Page, PageRequest, Status, StatusChange, StoreError, Transport};
 use crate::agent::InstanceUid;
+use crate::agent::document::Document;
 use crate::clock::Moment;
 use crate::config::Ephemeral;
 
@@ -49,7 +50,7 @@ pub struct AgentRow {
     pub healthy: Option<bool>,
     /// The groups it says it belongs to, a list of texts.
     #[sqlx(json)]
-    pub groups: Value,
+    pub groups: Document,
     /// Integer attribute `clients_count`.
     pub clients_count: i32,
     /// Hex hash of the last remote config it reported as applied.

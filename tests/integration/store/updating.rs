@@ -117,7 +117,7 @@ pub(super) async fn attributes_are_replaced_as_a_whole(database: &Database) {
     update(&store, second).await;
     let agent = row(&store, uid(1)).await;
     assert_eq!((agent.name.as_deref(), agent.host, agent.ephemeral), (Some("core"), None, false));
-    assert_eq!((agent.groups, agent.clients_count), (json!(["g"]), 2_147_483_647));
+    assert_eq!((agent.groups, agent.clients_count), (json!(["g"]).into(), 2_147_483_647));
     let rows: Vec<(String, String)> = raw.rows("SELECT key, value FROM agent_attributes ORDER BY key").await;
     assert_eq!(rows, [("service.name".to_owned(), "core".to_owned()), ("zone".to_owned(), "us".to_owned())]);
 }
