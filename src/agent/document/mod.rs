@@ -143,6 +143,11 @@ impl Documents {
     pub fn size(&self) -> usize {
         let attributes = self.description.iter().flat_map(|described| &described.attributes);
         let indexed = attributes.map(|(key, value)| key.len() + value.as_str().map_or(0, str::len));
+        self.all().map(|document| document.text().len()).chain(indexed).sum()
+    }
+
+    /// Those that are there.
+    fn all(&self) -> impl Iterator<Item = &Document> {
         let documents = [
             self.description.as_ref().map(|described| &described.document),
             self.health.as_ref(),
@@ -153,7 +158,7 @@ impl Documents {
             self.components.as_ref(),
             self.connection_settings_status.as_ref(),
         ];
-        documents.into_iter().flatten().map(|document| document.text().len()).chain(indexed).sum()
+        documents.into_iter().flatten()
     }
 
     /// These documents and, where they say something, the `newer` ones of the same agent.
@@ -372,22 +377,11 @@ mod tests {
         fn any_report_becomes_documents_without_nul(bytes in proptest::collection::vec(any::<u8>(), 0..512)) {
             if let Ok(mut report) = AgentToServer::decode(bytes.as_slice()) {
                 let documents = Documents::take(&mut report, PartSet::of(Part::ALL));
-                let described = documents.description.as_ref();
-                if let Some(described) = described {
+                if let Some(described) = &documents.description {
                     let derived = json!([described.name, described.host, described.groups, described.attributes]);
                     prop_assert!(!has_nul(&derived), "{derived}");
                 }
-                let documents = [
-                    described.map(|described| &described.document),
-                    documents.health.as_ref(),
-                    documents.effective_config.as_ref(),
-                    documents.remote_config_status.as_ref(),
-                    documents.package_statuses.as_ref(),
-                    documents.custom_capabilities.as_ref(),
-                    documents.components.as_ref(),
-                    documents.connection_settings_status.as_ref(),
-                ];
-                for document in documents.into_iter().flatten() {
+                for document in documents.all() {
                     prop_assert!(!has_nul(&value(document)), "{document:?}");
                 }
             }

@@ -143,8 +143,12 @@ impl AgentFilter {
     #[must_use]
     pub fn narrows(&self) -> bool {
         let widest = Self { include_retired: self.include_retired, ..Self::default() };
-        let prefix = self.prefix.clone().filter(|prefix| !prefix.is_empty());
-        Self { prefix, ..self.clone() } != widest
+        Self { prefix: self.search().map(str::to_owned), ..self.clone() } != widest
+    }
+
+    /// What is searched for; none where the prefix is empty, as every id begins with nothing.
+    fn search(&self) -> Option<&str> {
+        self.prefix.as_deref().filter(|prefix| !prefix.is_empty())
     }
 }
 

@@ -59,8 +59,9 @@ pub(in crate::store) fn select_agents<D>(
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
     query.push("SELECT ").push(ROW);
-    let page_first = D::PAGE_FIRST || is_search(filter);
-    let id = if is_search(filter) { "found.id" } else { "a.id" };
+    let searches = filter.search().is_some();
+    let page_first = D::PAGE_FIRST || searches;
+    let id = if searches { "found.id" } else { "a.id" };
     if page_first {
         query.push(" FROM (SELECT ").push(id);
         from_found(query, filter, page.after);
@@ -114,10 +115,10 @@ where
     for<'q> Uuid: Encode<'q, D> + Type<D>,
     for<'q> Moment: Encode<'q, D> + Type<D>,
 {
-    if !is_search(filter) {
+    let ranges = ranges(filter);
+    if ranges.is_empty() {
         return from_matching(query, filter, after);
     }
-    let ranges = ranges(filter);
     for (index, range) in ranges.iter().enumerate() {
         query.push(if index == 0 { " FROM (SELECT a.id" } else { " UNION ALL SELECT a.id" });
         from_narrowed(query, filter, range.look::<D>());
@@ -213,11 +214,6 @@ where
     }
 }
 
-/// True where agents are searched for; every id begins with nothing.
-fn is_search(filter: &AgentFilter) -> bool {
-    filter.prefix.as_ref().is_some_and(|prefix| !prefix.is_empty())
-}
-
 /// Agents beside each other in one index.
 enum Range<'a> {
     /// Whose name, or host, begins with a text in any case.
@@ -226,11 +222,9 @@ enum Range<'a> {
     Uids(Uuid, Uuid),
 }
 
-/// Where whoever is searched for may be: anybody in one of these.
+/// Where whoever is searched for may be: anybody in one of these; empty where nobody is searched for.
 fn ranges(filter: &AgentFilter) -> Vec<Range<'_>> {
-    let Some(prefix) = filter.prefix.as_deref().filter(|_| is_search(filter)) else {
-        return Vec::new();
-    };
+    let Some(prefix) = filter.search() else { return Vec::new() };
     // Both other indexes hold the uid, so that it comes first: it is what they can leave out.
     let uids = uid_range(&prefix.to_ascii_lowercase()).map(|(low, high)| Range::Uids(low, high));
     uids.into_iter().chain(["name", "host"].map(|column| Range::Texts { column, prefix })).collect()
