@@ -74,12 +74,12 @@ pub(crate) struct Args {
     #[arg(long, value_name = "R", default_value = "0", value_parser = rate)]
     pub(crate) churn: f64,
 
-    /// Percentage of the agents that neither send nor read anything, nor answer pings, once all are
-    /// connected; their links stay open
+    /// Percentage of the agents, `1` or `1%`, that neither send nor read anything, nor answer pings, once
+    /// all are connected; their links stay open
     #[arg(long, value_name = "P", default_value = "0", value_parser = percentage)]
     pub(crate) silence: f64,
 
-    /// Percentage of the agents that stop reading for 10 s again and again and go on sending
+    /// Percentage of the agents, `5` or `5%`, that stop reading for 10 s again and again and go on sending
     #[arg(long, value_name = "P", default_value = "0", value_parser = percentage)]
     pub(crate) slow_readers: f64,
 
@@ -145,7 +145,7 @@ fn rate(text: &str) -> anyhow::Result<f64> {
 }
 
 fn percentage(text: &str) -> anyhow::Result<f64> {
-    within(text, 100.0)
+    within(text.strip_suffix('%').unwrap_or(text), 100.0)
 }
 
 fn within(text: &str, most: f64) -> anyhow::Result<f64> {
@@ -257,11 +257,22 @@ mod tests {
         assert!(!fits(&["--multiplex", "50", "--url", "http://host/x"]));
         assert!(!fits(&["--multiplex", "50", "--slow-readers", "1"]));
         assert!(fits(&["--slow-readers", "1", "--silence", "0.5", "--churn", "2.5"]));
+        let silence = |share| parse(&["--silence", share]).map(|args| args.silence.to_bits()).ok();
+        assert_eq!(silence("1%"), Some(1.0_f64.to_bits()), "as it is said");
+        assert_eq!(silence("1"), silence("1%"));
     }
 
     #[test]
     fn rates_and_percentages_are_within_range() {
-        for wrong in [["--silence", "101"], ["--silence", "-1"], ["--churn", "NaN"], ["--churn", "1e9"]] {
+        for wrong in [
+            ["--silence", "101"],
+            ["--silence", "-1"],
+            ["--silence", "101%"],
+            ["--silence", "%"],
+            ["--churn", "1%"],
+            ["--churn", "NaN"],
+            ["--churn", "1e9"],
+        ] {
             assert!(parse(&[&format!("{}={}", wrong[0], wrong[1])]).is_err(), "{wrong:?}");
         }
     }
